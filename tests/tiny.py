@@ -6,6 +6,7 @@ The same seed feeds the reference, GGUF and later formats. Imported as ``from ti
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import Counter
 from dataclasses import replace
@@ -159,7 +160,7 @@ def _merges(count: int, alphabet: list[str]) -> list[tuple[str, str]]:
     while len(merges) < count:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, pieces in split.items():
-            for pair in zip(pieces, pieces[1:], strict=False):
+            for pair in itertools.pairwise(pieces):
                 if not any(char.isdigit() for char in "".join(pair)):
                     pairs[pair] += words[word]
         if not pairs:
