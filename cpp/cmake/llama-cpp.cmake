@@ -1,0 +1,39 @@
+# Where the patched llama.cpp comes from: prepare_llama_cpp.py makes the tree, this asks it to, and again when
+# the lock, the series or a patch changes.
+
+set(MELT_LOCK    ${CMAKE_CURRENT_SOURCE_DIR}/llama.cpp.lock)
+set(MELT_PATCHES ${CMAKE_CURRENT_SOURCE_DIR}/patches)
+set(MELT_PREPARE ${CMAKE_CURRENT_SOURCE_DIR}/cmake/prepare_llama_cpp.py)
+
+find_package(Python 3.10 REQUIRED COMPONENTS Interpreter)
+
+# melt_read_lock(<key> <out>): one value of the lock file
+function(melt_read_lock key out)
+    file(STRINGS ${MELT_LOCK} line REGEX "^${key} *=")
+    string(REGEX REPLACE "^${key} *= *([^ ]+).*" "\\1" value "${line}")
+    set(${out} ${value} PARENT_SCOPE)
+endfunction()
+
+# melt_prepare_llama_cpp(<tree> <series_sha256>): makes the patched tree in the build folder
+function(melt_prepare_llama_cpp tree series_sha256)
+    file(GLOB patches CONFIGURE_DEPENDS ${MELT_PATCHES}/*.patch)
+    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
+        ${MELT_LOCK} ${MELT_PREPARE} ${MELT_PATCHES}/series ${patches})
+
+    set(dest ${CMAKE_BINARY_DIR}/llama.cpp)
+    set(local "")
+    if (MELT_LLAMA_CPP_DIR)
+        set(local --local ${MELT_LLAMA_CPP_DIR})
+    endif()
+    execute_process(
+        COMMAND ${Python_EXECUTABLE} ${MELT_PREPARE} tree ${dest} ${local}
+        OUTPUT_VARIABLE series OUTPUT_STRIP_TRAILING_WHITESPACE
+        ERROR_VARIABLE  error  ECHO_ERROR_VARIABLE
+        RESULT_VARIABLE result)
+    if (NOT result EQUAL 0)
+        message(FATAL_ERROR "llama.cpp could not be prepared: ${error}")
+    endif()
+
+    set(${tree}          ${dest}   PARENT_SCOPE)
+    set(${series_sha256} ${series} PARENT_SCOPE)
+endfunction()
