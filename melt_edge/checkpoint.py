@@ -160,20 +160,28 @@ def load_model(path: str | Path) -> LoopLM:
 
     Raises: as Checkpoint.open and Checkpoint.read; BackendUnavailableError without torch.
     """
+    with Checkpoint.open(path) as checkpoint:
+        return reference_model(checkpoint, checkpoint.config)
+
+
+def reference_model(checkpoint: Checkpoint, config: LoopConfig) -> LoopLM:
+    """The reference model of a configuration that has the checkpoint's tensors, as ``share_kv`` gives one.
+
+    Raises: FormatError if a tensor holds NaN or Inf; BackendUnavailableError without torch.
+    """
     try:
         import torch
     except ImportError as err:
         raise BackendUnavailableError("the reference model needs torch; install melt-edge[export]") from err
     from melt_edge.modeling import LoopLM
 
-    with Checkpoint.open(path) as checkpoint:
-        with torch.device("meta"):
-            model = LoopLM(checkpoint.config)
-        state = {name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.tensors}
-    if checkpoint.config.tie_word_embeddings:
+    with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+        model = LoopLM(config)
+    state = {name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.tensors}
+    if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
-    if checkpoint.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
 

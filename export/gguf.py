@@ -1,0 +1,266 @@
+"""Checkpoint -> GGUF: everything is checked, streamed into a temporary file, compared with the reference,
+and only then put in place."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import re
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFWriter
+
+from melt_edge import __version__
+from melt_edge.checkpoint import Checkpoint
+from melt_edge.config import LoopConfig
+from melt_edge.errors import BackendUnavailableError, ConfigError
+from melt_edge.export.quantize import Progress, check_type, quantize_file
+from melt_edge.export.tensors import DIRECT_TYPES, TensorPlan, encoded_blocks, plan_tensors
+from melt_edge.export.tokenizer import write_tokenizer
+from melt_edge.files import atomic_output
+from melt_edge.runtime.gguf_check import check_gguf
+from melt_edge.spec import tensor_specs
+
+# Below this the reference decodes in seconds, so every file is compared with it unless told otherwise.
+VERIFY_BELOW_PARAMS = 100_000_000
+_SAMPLING_KEYS = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+
+
+@dataclass
+class ExportReport:
+    """What was written. verified: True after the comparison with the reference, None if it was not made."""
+
+    path: Path
+    type: str
+    bytes: int
+    notes: list[str] = field(default_factory=list)
+    verified: bool | None = None
+
+
+def export_gguf(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    type: str = "f16",
+    share_kv: bool = False,
+    chunk_size: int | None = None,
+    exit_gate: bool = True,
+    verify: bool | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write a checkpoint folder as one GGUF file.
+
+    type: f32, f16, bf16, q8_0, q4_0, or one of llama.cpp's quantisations (quantize.QUANTIZE_TYPES).
+    share_kv: an Ouro as a MELT without a gate, 1/T of its cache. chunk_size: tokens of a chunk (MELT).
+    exit_gate: False leaves out the exit gate, for loaders that do not know it.
+    verify: compare the file with the reference before it is put in place; None does so below 100 M
+    parameters if torch and the patched library are there.
+    Raises: ConfigError, SpecError, FormatError before anything is in place; ParityError if the file does
+    not compute what the reference does; BackendUnavailableError if a K-quant or verify lacks the library.
+    """
+    out = Path(out)
+    type = check_type(type)
+    with Checkpoint.open(checkpoint) as source, atomic_output(out, force=force) as temporary:
+        config = _target_config(source.config, share_kv=share_kv, chunk_size=chunk_size)
+        report = ExportReport(out, type, 0, list(source.notes))
+        if type in DIRECT_TYPES:
+            _write(source, config, temporary, type, exit_gate, report, progress)
+        else:
+            _write_quantized(source, config, temporary, type, exit_gate, report, progress)
+        check_gguf(temporary)
+        n_params = sum(math.prod(spec.shape) for spec in tensor_specs(config).values())
+        if verify or (verify is None and n_params < VERIFY_BELOW_PARAMS):
+            _verify(source, config, temporary, type, exit_gate, verify is True, report)
+        report.bytes = temporary.stat().st_size
+    return report
+
+
+def _target_config(config: LoopConfig, *, share_kv: bool, chunk_size: int | None) -> LoopConfig:
+    """The configuration the file describes."""
+    if share_kv:
+        return config.share_kv(chunk_size)
+    if chunk_size is None:
+        return config
+    if not config.shares_kv:
+        raise ConfigError(f"chunk_size is {chunk_size}, but an Ouro's cache has no chunks; add share_kv (--share-kv)")
+    return replace(config, chunk_size=chunk_size)
+
+
+def _write(
+    source: Checkpoint,
+    config: LoopConfig,
+    path: Path,
+    type: str,
+    exit_gate: bool,
+    report: ExportReport,
+    progress: Progress | None,
+) -> None:
+    """Write the whole file: header, keys, tensor table, then each tensor's rows, block by block."""
+    plans = plan_tensors(source, type, exit_gate=exit_gate, notes=report.notes)
+    writer = GGUFWriter(None, config.model_type)
+    _add_config(writer, config, exit_gate=exit_gate)
+    report.notes += write_tokenizer(writer, source)
+    _add_sampling(writer, source)
+    total = sum(plan.nbytes for plan in plans)
+    _check_disk(path, total)
+    sha256 = source.scan(None if progress is None else lambda done, size: progress(done, size, "checking"))
+    _add_provenance(writer, source, config, type, sha256)
+    for plan in plans:
+        writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.float32), plan.nbytes, raw_dtype=plan.type)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    try:
+        _stream(writer, source, plans, total, progress)
+    finally:
+        writer.close()
+
+
+def _stream(
+    writer: GGUFWriter, source: Checkpoint, plans: list[TensorPlan], total: int, progress: Progress | None
+) -> None:
+    assert writer.fout is not None
+    (stream,) = writer.fout
+    writer.write_padding(stream, stream.tell())
+    done = 0
+    for plan in plans:
+        start = done
+        for block in encoded_blocks(source, plan):
+            stream.write(block.data)
+            done += block.nbytes
+            if progress is not None:
+                progress(done, total, "writing")
+        assert done - start == plan.nbytes
+        writer.write_padding(stream, plan.nbytes)
+
+
+def _write_quantized(
+    source: Checkpoint,
+    config: LoopConfig,
+    path: Path,
+    type: str,
+    exit_gate: bool,
+    report: ExportReport,
+    progress: Progress | None,
+) -> None:
+    """Write the checkpoint's own precision beside the target, and let llama.cpp quantise that."""
+    kept = {"F32": "f32", "F16": "f16", "BF16": "bf16"}[source.tensors["model.embed_tokens.weight"].dtype]
+    full = path.with_name(path.name + ".full.gguf")
+    try:
+        _write(source, config, full, kept, exit_gate, report, progress)
+        quantize_file(full, path, type, progress=progress)
+    finally:
+        full.unlink(missing_ok=True)
+
+
+def _verify(
+    source: Checkpoint,
+    config: LoopConfig,
+    path: Path,
+    type: str,
+    exit_gate: bool,
+    asked: bool,
+    report: ExportReport,
+) -> None:
+    from melt_edge.export.verify import verify_file
+
+    try:
+        verify_file(source, config, path, type, exit_gate=exit_gate)
+    except BackendUnavailableError as err:
+        if asked:
+            raise
+        report.notes.append(f"not compared with the reference: {err}")
+        return
+    report.verified = True
+
+
+def _add_config(writer: GGUFWriter, config: LoopConfig, *, exit_gate: bool) -> None:
+    """The keys of melt-spec section 3."""
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    arch = config.model_type
+    writer.add_uint32(f"{arch}.num_loops", config.num_loops)
+    if exit_gate:
+        writer.add_float32(f"{arch}.exit_threshold", config.early_exit_threshold)
+    if config.shares_kv:
+        writer.add_uint32(f"{arch}.chunk_size", config.chunk_size)
+        writer.add_string(f"{arch}.kv_gate", config.kv_gate)
+        writer.add_string(f"{arch}.kv_gate_init", config.kv_gate_init)
+
+
+def _add_sampling(writer: GGUFWriter, source: Checkpoint) -> None:
+    """Sampling defaults of generation_config.json under the keys llama.cpp's tools read."""
+    for key, name in _SAMPLING_KEYS.items():
+        value = source.generation_config.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ConfigError(f"{source.path / 'generation_config.json'}: key {key!r} is {value!r}, expected a number")
+        if name == "top_k":
+            writer.add_int32("general.sampling.top_k", int(value))
+        else:
+            writer.add_float32(f"general.sampling.{name}", float(value))
+
+
+def _add_provenance(writer: GGUFWriter, source: Checkpoint, config: LoopConfig, type: str, sha256: str) -> None:
+    """Where the file comes from; no path of the machine that made it."""
+    name = _source_name(source.path)
+    n_params = sum(math.prod(spec.shape) for spec in tensor_specs(config).values())
+    _, file_type = DIRECT_TYPES[type]
+    writer.add_name(name)
+    writer.add_size_label(f"{n_params / 1e9:.1f}B" if n_params >= 1e9 else f"{n_params / 1e6:.3g}M")
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(2)
+    license_name = _license(source.path)
+    if license_name:
+        writer.add_license(license_name)
+    writer.add_string("general.source", name)
+    writer.add_string("melt_edge.source_sha256", sha256)
+    writer.add_string("melt_edge.version", __version__)
+    writer.add_string("melt_edge.gguf_version", importlib.metadata.version("gguf"))
+
+
+def _source_name(path: Path) -> str:
+    path = path.resolve()
+    if path.parent.name == "snapshots":  # the Hugging Face cache: models--owner--name/snapshots/revision
+        return path.parent.parent.name.rpartition("--")[2]
+    return path.name
+
+
+def _license(folder: Path) -> str | None:
+    """The license named in the front matter of the model card, if there is one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    head = card.read_text(encoding="utf-8", errors="replace")[:20_000]
+    front = re.match(r"---\n(.*?)\n---", head, flags=re.DOTALL)
+    named = re.search(r"^license:[ \t]*(\S.*)$", front.group(1), flags=re.MULTILINE) if front else None
+    return named.group(1).strip().strip("'\"") if named else None
+
+
+def _check_disk(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise ConfigError(
+            f"{path.parent}: {free / 2**20:.0f} MiB free, the file needs {needed / 2**20:.0f} MiB; choose another disk"
+        )

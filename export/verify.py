@@ -1,0 +1,131 @@
+"""Does the written file compute what the reference computes? Asked before the file is put in place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from melt_edge.checkpoint import Checkpoint, reference_model
+from melt_edge.config import LoopConfig
+from melt_edge.errors import ParityError
+
+if TYPE_CHECKING:
+    from melt_edge.modeling import LoopLM
+
+FloatArray = npt.NDArray[np.float32]
+
+N_STEPS = 4
+MAX_PROMPT = 600
+# float32 files: largest difference of a logit, in standard deviations of the reference's logits.
+MAX_STD_F32 = 1e-3
+# Other types: mean KL divergence from the reference over all positions, in nats. Random weights are the
+# worst case that is met: trained models stay far below. The bounds are checked in tests/parity.
+MAX_MEAN_KL = {
+    "f16": 1e-4,
+    "bf16": 5e-3,
+    "q8_0": 1e-2,
+    "q6_k": 5e-2,
+    "q5_k_m": 0.2,
+    "q5_k_s": 0.2,
+    "q5_1": 0.2,
+    "q5_0": 0.2,
+    "q4_k_m": 0.6,
+    "q4_k_s": 0.6,
+    "q4_1": 0.6,
+    "q4_0": 0.6,
+    "iq4_nl": 0.6,
+    "iq4_xs": 0.6,
+    "q3_k_l": 1.5,
+    "q3_k_m": 1.5,
+    "q3_k_s": 1.5,
+    "q2_k": 3.0,
+}
+
+
+def verify_file(source: Checkpoint, config: LoopConfig, path: Path, type: str, *, exit_gate: bool) -> None:
+    """Compare the file's logits with the reference's on a prompt of several chunks and one-token steps.
+
+    Raises: ParityError with the largest difference if it is above the type's limit;
+    BackendUnavailableError if torch or the patched library is missing.
+    """
+    if not exit_gate:  # a file without the gate reads the last loop
+        config = replace(config, early_exit_threshold=1.0)
+    tokens = _tokens(config)
+    model = reference_model(source, config)
+    expected = _reference_logits(model, tokens)
+    found = _file_logits(path, tokens)
+    compare(expected, found, type, what=str(source.path))
+
+
+def compare(expected: FloatArray, found: FloatArray, type: str, *, what: str) -> None:
+    """Raise ParityError if logits differ by more than the type allows. Shapes: (n, V) both."""
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        raise ParityError(f"{what}: the file's logits are not finite or have shape {found.shape}, not {expected.shape}")
+    if type == "f32":
+        worst = float(np.abs(found - expected).max() / expected.std())
+        limit, measure = MAX_STD_F32, "largest difference in standard deviations"
+    else:
+        worst = float(kl_divergence(expected, found).mean())
+        limit, measure = MAX_MEAN_KL[type], "mean KL divergence in nats"
+    if not worst <= limit:
+        raise ParityError(
+            f"{what}: the {type} file does not compute what the reference does ({measure} {worst:.3g}, "
+            f"expected at most {limit:g}); nothing was written, report this with the checkpoint's config.json"
+        )
+
+
+def kl_divergence(expected: FloatArray, found: FloatArray) -> npt.NDArray[np.float64]:
+    """KL(expected || found) of each row's softmax, in nats. Shapes: (n, V) -> (n,)."""
+    log_p, log_q = (_log_softmax(logits.astype(np.float64)) for logits in (expected, found))
+    divergence: npt.NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    return divergence
+
+
+def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    x = x - x.max(axis=-1, keepdims=True)
+    result: npt.NDArray[np.float64] = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    return result
+
+
+def _tokens(config: LoopConfig) -> list[int]:
+    """A prompt of more than one chunk, as far as the context goes, and the one-token steps after it."""
+    room = min(config.max_position_embeddings, MAX_PROMPT + N_STEPS)
+    wanted = (config.chunk_size if config.shares_kv else 8) + max(3, min(config.chunk_size, 16) // 2) + N_STEPS
+    rng = np.random.default_rng(0)
+    return [int(token) for token in rng.integers(0, config.vocab_size, min(room, wanted))]
+
+
+def _split(tokens: list[int]) -> tuple[list[int], list[int]]:
+    n_prompt = max(1, len(tokens) - N_STEPS)
+    return tokens[:n_prompt], tokens[n_prompt:]
+
+
+def _reference_logits(model: LoopLM, tokens: list[int]) -> FloatArray:
+    import torch
+
+    from melt_edge.modeling import KVCache
+
+    prompt, steps = _split(tokens)
+    cache = KVCache(model.config)
+    with torch.inference_mode():
+        logits = [model(torch.tensor([prompt]), cache).logits[0]]
+        logits += [model(torch.tensor([[token]]), cache).logits[0] for token in steps]
+        joined: FloatArray = torch.cat(logits).float().numpy()
+    return joined
+
+
+def _file_logits(path: Path, tokens: list[int]) -> FloatArray:
+    from melt_edge.runtime.model import load
+
+    prompt, steps = _split(tokens)
+    with load(path, n_ctx=len(tokens), kv_type="f32") as model:
+        backend: Any = model.backend
+        logits = [backend.logits(prompt)]
+        for token in steps:
+            backend.eval([token])
+            logits.append(backend.last_logits()[None].copy())
+    return np.concatenate(logits)
