@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import difflib
-import logging
 import os
 import threading
 from collections.abc import Callable
@@ -150,13 +149,15 @@ def _run_native(
                 progress(min(temporary.stat().st_size, total), total, "quantising")
     if result == [0]:
         return None
-    # quantising says what it does on the INFO level, which the log takes as DEBUG
-    return last_reason([line for line in lines if line[0] >= logging.WARNING])
+    return last_reason(lines)
 
 
 def _check_same_tensors(before: GGUFInfo, after: GGUFInfo) -> None:
-    shapes = {tensor.name: tensor.shape for tensor in before.tensors}
-    if shapes != {tensor.name: tensor.shape for tensor in after.tensors}:
+    def shapes(info: GGUFInfo) -> dict[str, tuple[int, ...]]:
+        # ggml drops axes of length 1 at the front: the exit gate's (1, d) comes back as (d,)
+        return {tensor.name: tuple(n for n in tensor.shape if n > 1) for tensor in info.tensors}
+
+    if shapes(before) != shapes(after):
         raise BackendError(f"{before.path}: the quantised file has other tensors than its source; report this")
 
 
