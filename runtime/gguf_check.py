@@ -86,6 +86,10 @@ def config_from_gguf(info: GGUFInfo) -> LoopConfig:
     def size(key: str, default: int | None = None) -> int:
         return _get(info, f"{arch}.{key}", int, default)
 
+    def real(key: str, default: float | None = None) -> float:
+        # 7 digits: the decimal number that was in config.json, not its float32 neighbour.
+        return float(f"{_get(info, f'{arch}.{key}', float, default):.7g}")
+
     tokens = _get(info, "tokenizer.ggml.tokens", list, None)
     n_embd, n_head = size("embedding_length"), size("attention.head_count")
     default_head_dim = n_embd // n_head if n_head else 0
@@ -105,11 +109,11 @@ def config_from_gguf(info: GGUFInfo) -> LoopConfig:
             intermediate_size=size("feed_forward_length"),
             vocab_size=len(tokens),
             num_loops=size("num_loops"),
-            rms_norm_eps=_get(info, f"{arch}.attention.layer_norm_rms_epsilon", float, None),
-            rope_theta=_get(info, f"{arch}.rope.freq_base", float, None),
+            rms_norm_eps=real("attention.layer_norm_rms_epsilon"),
+            rope_theta=real("rope.freq_base"),
             max_position_embeddings=size("context_length"),
             tie_word_embeddings=_HEAD not in tensors,
-            early_exit_threshold=_get(info, f"{arch}.exit_threshold", float, 1.0),
+            early_exit_threshold=real("exit_threshold", 1.0),
             bos_token_id=_get(info, "tokenizer.ggml.bos_token_id", int, -1) if _has(info, "bos") else None,
             eos_token_id=_get(info, "tokenizer.ggml.eos_token_id", int, -1) if _has(info, "eos") else None,
             pad_token_id=_get(info, "tokenizer.ggml.padding_token_id", int, -1) if _has(info, "padding") else None,

@@ -375,4 +375,10 @@ def _place(reader: _Reader, rows: list[TensorEntry], alignment: int, data_offset
                 "the file is truncated or damaged, fetch or export it again"
             )
         expected += -(-row.nbytes // alignment) * alignment
+    surplus = reader.file_bytes - data_offset - expected
+    if surplus > 0:
+        raise reader.fail(
+            f"has {surplus} bytes after its last tensor {rows[-1].name if rows else ''!r}, expected none; "
+            "the tensor table is damaged or the file is two files in one"
+        )
     return rows

@@ -51,9 +51,9 @@ def _check_tokens(info: GGUFInfo, tokens: list[str]) -> None:
         values = info.metadata.get(key)
         if isinstance(values, list) and len(values) != len(tokens):
             _fail(info, key, f"has {len(values)} items, expected one for each of the {len(tokens)} tokens")
-    unknown = set(types) - set(TOKEN_TYPES)
-    if unknown:
-        _fail(info, _TYPES, f"has the type {min(unknown)}, expected {TOKEN_TYPES[0]} to {TOKEN_TYPES[-1]}")
+    unknown = next((kind for kind in types if kind not in TOKEN_TYPES), None)
+    if unknown is not None:
+        _fail(info, _TYPES, f"has the type {unknown}, expected {TOKEN_TYPES[0]} to {TOKEN_TYPES[-1]}")
     for score in info.metadata.get("tokenizer.ggml.scores", ()):  # type: ignore[union-attr]
         if not math.isfinite(score):  # type: ignore[arg-type]
             _fail(info, "tokenizer.ggml.scores", f"has the value {score}, expected finite numbers")
