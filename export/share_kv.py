@@ -43,7 +43,7 @@ def share_kv_gguf(source: str | Path, out: str | Path, *, chunk_size: int | None
     info = check_gguf(source)
     config = config_from_gguf(info)
     if config.shares_kv:
-        raise ConfigError(f"{source}: general.architecture is {info.arch!r}, expected 'ouro'; its cache is shared already")
+        raise ConfigError(f"{source}: key 'general.architecture' is {info.arch!r}, expected 'ouro'; use it as it is")
     config = config.share_kv(chunk_size)
     with atomic_output(out, force=force) as temporary:
         writer = GGUFWriter(None, config.model_type)

@@ -1,0 +1,154 @@
+"""`melt-edge export gguf` and `melt-edge quantize`: from a checkpoint to a file, from a file to a smaller one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from melt_edge.cli.console import Stopwatch, human_bytes, note, out, progress_bar, row, safe
+from melt_edge.cli.describe import describe_gguf
+from melt_edge.cli.options import Debug, Force, model_file
+from melt_edge.errors import FormatError
+
+export_app = typer.Typer(help="Write a checkpoint as a file that runs: gguf.", no_args_is_help=True)
+
+
+@export_app.callback()
+def _export() -> None:
+    pass
+
+
+@export_app.command("gguf")
+def export_gguf(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            show_default=False,
+            help="Folder with config.json, *.safetensors and tokenizer.json, as Hugging Face lays it out.",
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The GGUF file to write.")],
+    file_type: Annotated[
+        str,
+        typer.Option(
+            "--type", "-t", metavar="TYPE", help="f32, f16, bf16, q8_0, q4_0, or a K-quant: q4_k_m, q5_k_m, q6_k ..."
+        ),
+    ] = "f16",
+    share_kv: Annotated[
+        bool,
+        typer.Option("--share-kv", help="Write an Ouro with one cache row for all loops: 1/T of the cache, some loss."),
+    ] = False,
+    chunk_size: Annotated[
+        int | None,
+        typer.Option(
+            "--chunk-size",
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="Prompt tokens per chunk, for a MELT or --share-kv. (default: the checkpoint's, else 500)",
+        ),
+    ] = None,
+    exit_gate: Annotated[
+        bool,
+        typer.Option("--exit-gate/--no-exit-gate", help="Keep the exit gate; without it other llama.cpp builds agree."),
+    ] = True,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            show_default=False,
+            help="Compare the file with the PyTorch reference. (default: below 100 M parameters)",
+        ),
+    ] = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Convert an Ouro or MELT checkpoint to a GGUF file.
+
+    The checkpoint is checked in full before anything is written, and the file
+    appears under its name only when it is complete. Tokenizer and chat
+    template travel inside. 8-bit (q8_0) keeps the quality; 4-bit costs some,
+    because its error is applied once per loop.
+
+    Examples:
+
+      melt-edge export gguf Ouro-1.4B-Thinking ouro.gguf --type q8_0
+      melt-edge export gguf Ouro-1.4B-Thinking small.gguf --share-kv
+      melt-edge export gguf my-melt melt.gguf --type q4_k_m
+    """
+    from melt_edge.export.gguf import export_gguf as write_gguf
+
+    if not checkpoint.is_dir():
+        hint = "is a file" if checkpoint.exists() else "no such folder"
+        raise FormatError(f"{checkpoint}: {hint}; expected a checkpoint folder with config.json and *.safetensors")
+    watch = Stopwatch()
+    with progress_bar() as progress:
+        report = write_gguf(
+            checkpoint,
+            output,
+            type=file_type.lower(),
+            share_kv=share_kv,
+            chunk_size=chunk_size,
+            exit_gate=exit_gate,
+            verify=verify,
+            force=force,
+            progress=progress,
+        )
+    _written(Path(report.path), watch)
+    verified = {True: "yes, against the PyTorch reference", False: "no", None: "no"}[report.verified]
+    row("verified", verified)
+    for text in report.notes:
+        note(text)
+    out().print(f"Next: melt-edge chat {escape(safe(str(report.path)))}", soft_wrap=True)
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="IN", show_default=False, help="A GGUF file, f32, f16 or bf16.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The GGUF file to write.")],
+    file_type: Annotated[
+        str, typer.Argument(metavar="TYPE", show_default=False, help="q8_0, q6_k, q5_k_m, q4_k_m, q4_0 ...")
+    ],
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Also take a file that is quantised already; loses quality.")
+    ] = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Make a smaller GGUF file from a larger one, with llama.cpp's quantizer.
+
+    Examples:
+
+      melt-edge quantize ouro-f16.gguf ouro-q4_k_m.gguf q4_k_m
+      melt-edge quantize ouro-f16.gguf ouro-q8_0.gguf q8_0 --force
+    """
+    from melt_edge.export.quantize import quantize_gguf
+
+    watch = Stopwatch()
+    with progress_bar() as progress:
+        written = quantize_gguf(
+            model_file(source),
+            output,
+            file_type.lower(),
+            force=force,
+            allow_requantize=allow_requantize,
+            progress=progress,
+        )
+    _written(Path(written), watch)
+
+
+def _written(path: Path, watch: Stopwatch) -> None:
+    found = describe_gguf(path)
+    out().print(f"[bold green]wrote[/] [bold]{escape(safe(str(path)))}[/] in {watch.seconds:.1f} s", soft_wrap=True)
+    row("size", f"{human_bytes(found['file_bytes'])}, {found['bits_per_weight']} bits per weight")
+    if "kv_cache" in found:
+        cache, model = found["kv_cache"], found["model"]
+        here = human_bytes(cache["bytes_per_token"]["f16"])
+        if cache["shared_between_loops"]:
+            other = f"Ouro with {model['num_loops']} loops: {human_bytes(cache['per_loop']['bytes_per_token'])}"
+        else:
+            other = f"with --share-kv: {human_bytes(cache['shared']['bytes_per_token'])}"
+        row("KV cache", f"{here} per token in f16 ({other})")

@@ -1,0 +1,131 @@
+"""`melt-edge demo`: the shipped model answers questions, once with a cache row per loop and once with one for all."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from melt_edge.cli.console import human_bytes, human_count, out, show_library_warnings, write_text
+from melt_edge.cli.options import Debug, Threads, shipped_model
+
+if TYPE_CHECKING:
+    from melt_edge import Model
+
+QUESTIONS = (
+    "What is 27 + 15?",
+    "Tom has 12 apples and buys 7 more. How many apples does Tom have now?",
+    "Which is larger, 38 or 83?",
+    "How much is 6 times 7?",
+)
+_MODEL = "ouro-tiny"
+
+
+@dataclass
+class _Side:
+    """One of the two models: how its cache is laid out, and its decode speed so far."""
+
+    name: str
+    model: Model
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def answer(self, question: str, max_tokens: int) -> None:
+        """Stream the answer to a question on one line."""
+        out().print(f"  [cyan]{self.name:<11}[/]", end="")
+        stream = self.model.chat_stream([{"role": "user", "content": question}], temperature=0.0, max_tokens=max_tokens)
+        for piece in stream:
+            write_text(piece.replace("\n", " "))
+        write_text("\n")
+        timings = stream.completion.timings
+        if timings.decode_tps > 0:
+            self.tokens += timings.decode_tokens
+            self.seconds += timings.decode_tokens / timings.decode_tps
+
+    @property
+    def decode_tps(self) -> float:
+        """Tokens per second over all answers."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def demo(
+    question: Annotated[
+        list[str] | None,
+        typer.Option("--question", "-q", metavar="TEXT", show_default=False, help="Ask this instead; may be repeated."),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Stop an answer after so many tokens.")
+    ] = 60,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """See it work: a small looped model that comes with melt-edge answers questions.
+
+    Each question is answered twice, by the same weights: with a cache row for
+    every loop (Ouro) and with one row that all loops share (MELT's layout).
+    Then the bytes of the two caches, as the library reports them.
+
+    Examples:
+
+      melt-edge demo
+      melt-edge demo -q "What is 40 + 2?" -q "Who are you?"
+    """
+    import melt_edge
+    from melt_edge.export.share_kv import share_kv_gguf
+
+    show_library_warnings()
+    source = shipped_model(_MODEL)
+    options = {} if threads is None else {"n_threads": threads}
+    with tempfile.TemporaryDirectory(prefix="melt-edge-") as folder:
+        shared_file = share_kv_gguf(source, Path(folder) / "shared.gguf")
+        with melt_edge.load(source, **options) as ouro, melt_edge.load(shared_file, **options) as shared:
+            sides = (_Side("per loop", ouro), _Side("shared", shared))
+            _introduce(ouro)
+            for text in question or QUESTIONS:
+                out().print(f"\n[bold]{'Q':<13}[/]", end="")
+                write_text(text + "\n")
+                for side in sides:
+                    side.answer(text, max_tokens)
+            _compare(sides)
+    out().print(
+        "\nNext: [bold]melt-edge chat ouro-tiny[/], or with a checkpoint of your own:\n"
+        "      [bold]melt-edge export gguf Ouro-1.4B-Thinking ouro.gguf --type q8_0[/]"
+    )
+
+
+def _introduce(model: Model) -> None:
+    info = model.info
+    out().print(
+        f"[bold]{_MODEL}[/], {human_count(info.n_params)} parameters: {info.n_layer} layers, "
+        f"run {info.num_loops} times for every token.\n"
+        "The same weights with two caches: one row per loop (Ouro), one shared row (MELT)."
+    )
+
+
+def _compare(sides: tuple[_Side, _Side]) -> None:
+    n_ctx = sides[0].model.info.n_ctx
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("KV cache")
+    table.add_column(f"bytes at {n_ctx} tokens", justify="right")
+    table.add_column("", justify="right")
+    table.add_column("per token", justify="right")
+    table.add_column("tokens/s", justify="right")
+    for side in sides:
+        kv_bytes = side.model.memory().kv_bytes
+        table.add_row(
+            "one row per loop (Ouro)" if side is sides[0] else "one row for all loops",
+            f"{kv_bytes:,}",
+            human_bytes(kv_bytes),
+            human_bytes(kv_bytes / n_ctx),
+            f"{side.decode_tps:.0f}",
+        )
+    console = out()
+    console.print()
+    console.print(table)
+    ratio = sides[0].model.memory().kv_bytes / sides[1].model.memory().kv_bytes
+    console.print(f"[bold green]{ratio:.3g} times less cache[/] for {sides[0].model.info.num_loops} loops.")
