@@ -1,0 +1,159 @@
+"""What load was asked for, checked against the file: the settings a backend opens a model with."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+
+from melt_edge.config import MAX_LOOPS, LoopConfig
+from melt_edge.errors import ConfigError
+from melt_edge.runtime.base import ModelInfo
+from melt_edge.runtime.gguf_check import GGUFInfo, config_from_gguf
+from melt_edge.runtime.machine import usable_cores
+from melt_edge.runtime.memory import KV_TYPES
+
+logger = logging.getLogger(__name__)
+
+# A context as long as the file allows can need more memory than the weights: the default stops here.
+DEFAULT_MAX_CTX = 4096
+# Prompt tokens per call of the library, in whole chunks; also ouro's chunk, llama.cpp's usual n_ubatch.
+DEFAULT_BATCH = 512
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """The arguments of load as given; None stands for the default."""
+
+    n_ctx: int | None = None
+    chunk_size: int | None = None
+    loops: int | None = None
+    kv_type: str = "f16"
+    n_threads: int | None = None
+    n_gpu_layers: int | None = None
+    flash_attn: bool | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The checked values a model is opened with.
+
+    trained: the file's configuration; config: the same with the loops asked for. n_batch: prompt tokens
+    per call of the library, a multiple of chunk. n_gpu_layers: None leaves it to the backend.
+    """
+
+    trained: LoopConfig
+    config: LoopConfig
+    n_ctx: int
+    chunk: int
+    n_batch: int
+    kv_type: str
+    n_threads: int
+    n_gpu_layers: int | None
+    flash_attn: bool | None
+
+
+def resolve(file: GGUFInfo, options: LoadOptions) -> Settings:
+    """The settings for a checked file. Raises: ConfigError naming an argument that cannot be."""
+    trained = config_from_gguf(file)
+    config = _with_loops(trained, options.loops)
+    n_ctx = _checked_ctx(options.n_ctx, trained.max_position_embeddings)
+    chunk = _checked_chunk(options.chunk_size, trained, n_ctx)
+    _check_kv(options.kv_type, config.head_dim, options.flash_attn)
+    if options.n_gpu_layers is not None:
+        _whole("n_gpu_layers", options.n_gpu_layers, -1, 2**31 - 1)
+    return Settings(
+        trained=trained,
+        config=config,
+        n_ctx=n_ctx,
+        chunk=chunk,
+        n_batch=chunk * max(1, min(DEFAULT_BATCH, n_ctx) // chunk),
+        kv_type=options.kv_type,
+        n_threads=usable_cores() if options.n_threads is None else _whole("n_threads", options.n_threads, 1, 512),
+        n_gpu_layers=options.n_gpu_layers,
+        flash_attn=options.flash_attn,
+    )
+
+
+def model_info(file: GGUFInfo, settings: Settings, *, backend: str) -> ModelInfo:
+    """What Model.info shows of a file opened with these settings."""
+    config, trained = settings.config, settings.trained
+    by_type: Counter[str] = Counter()
+    for tensor in file.tensors:
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+            by_type[tensor.type] += tensor.nbytes
+    name = file.metadata.get("general.name")
+    return ModelInfo(
+        architecture=config.model_type,
+        path=file.path,
+        name=name if isinstance(name, str) else file.path.stem,
+        n_params=file.n_params,
+        file_bytes=file.file_bytes,
+        num_loops=config.num_loops,
+        trained_loops=trained.num_loops,
+        chunk_size=settings.chunk,
+        trained_chunk_size=trained.chunk_size if trained.shares_kv else None,
+        kv_gate=config.kv_gate,
+        kv_gate_init=config.kv_gate_init,
+        n_ctx=settings.n_ctx,
+        n_ctx_train=config.max_position_embeddings,
+        n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads,
+        n_head_kv=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        n_embd=config.hidden_size,
+        n_vocab=config.vocab_size,
+        quantisation=by_type.most_common(1)[0][0].lower(),
+        kv_type=settings.kv_type,
+        n_threads=settings.n_threads,
+        backend=backend,
+    )
+
+
+def _with_loops(trained: LoopConfig, loops: int | None) -> LoopConfig:
+    if loops is None:
+        return trained
+    config = trained.with_loops(_whole("loops", loops, 1, MAX_LOOPS))
+    if loops != trained.num_loops:
+        logger.warning(
+            "running with %d loops a model trained with %d: expect worse text, fewer loops first",
+            loops,
+            trained.num_loops,
+        )
+    return config
+
+
+def _checked_ctx(n_ctx: int | None, n_ctx_train: int) -> int:
+    if n_ctx is None:
+        return min(n_ctx_train, DEFAULT_MAX_CTX)
+    n_ctx = _whole("n_ctx", n_ctx, 0, 2**31 - 1) or n_ctx_train
+    if n_ctx > n_ctx_train:
+        logger.warning(
+            "n_ctx is %d, the model was trained for %d tokens: text may derail past those", n_ctx, n_ctx_train
+        )
+    return n_ctx
+
+
+def _checked_chunk(chunk_size: int | None, trained: LoopConfig, n_ctx: int) -> int:
+    if chunk_size is not None:
+        return _whole("chunk_size", chunk_size, 1, n_ctx, "n_ctx")
+    return min(trained.chunk_size if trained.shares_kv else DEFAULT_BATCH, n_ctx)
+
+
+def _check_kv(kv_type: str, head_dim: int, flash_attn: bool | None) -> None:
+    if kv_type not in KV_TYPES:
+        raise ConfigError(f"kv_type is {kv_type!r}, expected one of {', '.join(KV_TYPES)}")
+    block = KV_TYPES[kv_type][1]
+    if head_dim % block:
+        raise ConfigError(
+            f"kv_type {kv_type!r} needs a head size divisible by {block}, this model's is {head_dim}; use 'f16'"
+        )
+    if block > 1 and flash_attn is False:
+        raise ConfigError(f"kv_type {kv_type!r} needs flash attention; leave flash_attn at None or use kv_type 'f16'")
+
+
+def _whole(name: str, value: object, low: int, high: int, high_name: str = "") -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        limit = f"{high_name} = {high}" if high_name else str(high)
+        raise ConfigError(f"{name} is {value!r}, expected a whole number from {low} to {limit}")
+    return value

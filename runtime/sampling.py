@@ -1,0 +1,213 @@
+"""llama.cpp's sampler chain over a row of logits; checks every parameter before the library sees it.
+
+Owns no sampling mathematics of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+
+from melt_edge.errors import BackendError, ConfigError
+from melt_edge.runtime.base import FloatArray, SamplingParams
+from melt_edge.runtime.library import captured_log, import_llama_cpp, last_reason
+
+MAX_SEED = 2**32 - 2  # the library takes 2**32 - 1 for "choose one yourself"
+MAX_GRAMMAR_BYTES = 2**20
+
+# What llama.cpp's converters write into a file, and the parameter it is the default of.
+_FILE_KEYS = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repeat_penalty",
+    "general.sampling.penalty_last_n": "repeat_last_n",
+}
+# parameter -> (lowest, highest, whole number)
+_RANGES = {
+    "temperature": (0.0, 100.0, False),
+    "top_k": (0, 2**31 - 1, True),
+    "top_p": (0.0, 1.0, False),
+    "min_p": (0.0, 1.0, False),
+    "repeat_penalty": (0.01, 100.0, False),
+    "repeat_last_n": (0, 2**16, True),
+    "seed": (0, MAX_SEED, True),
+}
+
+
+def file_defaults(metadata: Mapping[str, Any], *, source: str) -> SamplingParams:
+    """The file's own sampling defaults over llama.cpp's. Raises: ConfigError naming a key out of range."""
+    params = SamplingParams()
+    for key, name in _FILE_KEYS.items():
+        if key in metadata:
+            value = metadata[key]
+            # llama.cpp writes -1 for "all" where 0 means the same to its samplers.
+            if name in ("top_k", "repeat_last_n") and value == -1:
+                value = 0
+            params = _with(params, name, value, f"{source}: key {key!r}")
+    return params
+
+
+def with_overrides(params: SamplingParams, **given: Any) -> SamplingParams:
+    """``params`` with the values of a call that are not None. Raises: ConfigError for one out of range."""
+    for name, value in given.items():
+        if value is not None:
+            params = _with(params, name, value, name)
+    return params
+
+
+def checked_seed(seed: int | None) -> int | None:
+    """A seed the library takes, or None. Raises: ConfigError for anything else."""
+    if seed is not None:
+        _with(SamplingParams(), "seed", seed, "seed")
+    return seed
+
+
+def grammar_text(grammar: str | None, json_schema: str | Mapping[str, Any] | None) -> str | None:
+    """The GBNF grammar of a call, converted from a JSON schema if that is given.
+
+    Raises: ConfigError if both are given, or the schema cannot be converted.
+    """
+    if grammar is not None and json_schema is not None:
+        raise ConfigError("grammar and json_schema are both given; give one of them")
+    if json_schema is not None:
+        grammar_module = import_llama_cpp().llama_grammar
+        try:
+            text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
+            if not isinstance(json.loads(text), dict):
+                raise ConfigError(f"json_schema is {text[:80]!r}, expected a JSON object")
+            grammar = grammar_module.json_schema_to_gbnf(text)
+        except ConfigError:
+            raise
+        except Exception as err:  # the converter raises whatever its walk stumbles over
+            raise ConfigError(f"json_schema cannot be turned into a grammar ({type(err).__name__}: {err})") from err
+    if grammar is None:
+        return None
+    if not isinstance(grammar, str) or not grammar.strip() or "\0" in grammar:
+        raise ConfigError("grammar is empty or no text, expected GBNF with a rule named root")
+    if len(grammar.encode("utf-8", "surrogatepass")) > MAX_GRAMMAR_BYTES:
+        raise ConfigError(f"grammar has more than {MAX_GRAMMAR_BYTES} bytes; make it smaller")
+    return grammar
+
+
+class ChainSampler:
+    """llama.cpp's chain: penalties, top_k, top_p, min_p, temperature, draw; a grammar beside it.
+
+    As llama.cpp's own programs do, a token is drawn without the grammar first and only drawn again under
+    it when the grammar refuses that token: testing one token is cheap, testing a vocabulary is not.
+    """
+
+    def __init__(self, vocab: Any, n_vocab: int, params: SamplingParams, history: Sequence[int]) -> None:
+        """vocab: the library's vocabulary pointer. Raises: ConfigError for a grammar that does not parse."""
+        self._low = import_llama_cpp().llama_cpp
+        self._chain: Any = None
+        self._grammar: Any = None
+        dtype = np.dtype([("id", np.intc), ("logit", np.single), ("p", np.single)], align=True)
+        self._ids = np.arange(n_vocab, dtype=np.intc)
+        self._candidates = np.zeros(n_vocab, dtype=dtype)
+        try:
+            if params.grammar is not None:
+                self._grammar = self._parse_grammar(vocab, params.grammar)
+            self._chain = self._build_chain(n_vocab, params)
+        except BaseException:
+            self.close()
+            raise
+        for token in history[-params.repeat_last_n :] if params.repeat_last_n else ():
+            self._low.llama_sampler_accept(self._chain, token)
+
+    def sample(self, logits: FloatArray) -> int:
+        """The next token. Raises: BackendError if the logits are broken or the grammar leaves no token."""
+        if not np.isfinite(logits).all():
+            raise BackendError(
+                "the model computed logits that are not finite; the file is damaged or "
+                "the number of loops is far from the trained one"
+            )
+        token = self._draw(logits, under_grammar=False)
+        if self._grammar is not None and not self._grammar_allows(token, logits):
+            token = self._draw(logits, under_grammar=True)
+        self._low.llama_sampler_accept(self._chain, token)
+        if self._grammar is not None:
+            self._low.llama_sampler_accept(self._grammar, token)
+        return token
+
+    def close(self) -> None:
+        """Free the native samplers; may be called twice."""
+        chain, self._chain = self._chain, None
+        grammar, self._grammar = self._grammar, None
+        for sampler in (chain, grammar):
+            if sampler is not None:
+                self._low.llama_sampler_free(sampler)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _parse_grammar(self, vocab: Any, text: str) -> Any:
+        with captured_log() as lines:
+            sampler = self._low.llama_sampler_init_grammar(vocab, text.encode("utf-8"), b"root")
+        if not sampler:
+            raise ConfigError(f"grammar cannot be parsed ({last_reason(lines)}); expected GBNF with a rule named root")
+        return sampler
+
+    def _build_chain(self, n_vocab: int, params: SamplingParams) -> Any:
+        low = self._low
+        chain = low.llama_sampler_chain_init(low.llama_sampler_chain_default_params())
+        if params.repeat_penalty != 1.0 and params.repeat_last_n > 0:
+            window, penalty = params.repeat_last_n, params.repeat_penalty
+            low.llama_sampler_chain_add(chain, low.llama_sampler_init_penalties(n_vocab, window, penalty, 0.0, 0.0))
+        if params.temperature == 0.0:
+            low.llama_sampler_chain_add(chain, low.llama_sampler_init_greedy())
+            return chain
+        low.llama_sampler_chain_add(chain, low.llama_sampler_init_top_k(params.top_k))
+        low.llama_sampler_chain_add(chain, low.llama_sampler_init_top_p(params.top_p, 1))
+        low.llama_sampler_chain_add(chain, low.llama_sampler_init_min_p(params.min_p, 1))
+        low.llama_sampler_chain_add(chain, low.llama_sampler_init_temp(params.temperature))
+        low.llama_sampler_chain_add(chain, low.llama_sampler_init_dist(params.seed))
+        return chain
+
+    def _draw(self, logits: FloatArray, *, under_grammar: bool) -> int:
+        self._candidates["id"] = self._ids
+        self._candidates["logit"] = logits
+        self._candidates["p"] = 0.0
+        array = self._array(len(self._candidates))
+        if under_grammar:
+            self._low.llama_sampler_apply(self._grammar, ctypes.byref(array))
+            # A draw from nothing would be accepted by the chain and then abort in the grammar.
+            if not np.isfinite(self._candidates["logit"]).any():
+                raise BackendError(
+                    "the grammar allows no token of this model's vocabulary at this place; check its rules"
+                )
+        self._low.llama_sampler_apply(self._chain, ctypes.byref(array))
+        if not 0 <= array.selected < array.size:
+            raise BackendError("the sampler chose no token; the model's logits or the sampling values are unusable")
+        return int(array.data[array.selected].id)
+
+    def _grammar_allows(self, token: int, logits: FloatArray) -> bool:
+        self._candidates[0] = (token, logits[token], 0.0)
+        array = self._array(1)
+        self._low.llama_sampler_apply(self._grammar, ctypes.byref(array))
+        return bool(np.isfinite(self._candidates["logit"][0]))
+
+    def _array(self, size: int) -> Any:
+        data = self._candidates.ctypes.data_as(self._low.llama_token_data_p)
+        return self._low.llama_token_data_array(data=data, size=size, selected=-1, sorted=False)
+
+
+def _with(params: SamplingParams, name: str, value: Any, what: str) -> SamplingParams:
+    if name == "grammar":
+        return replace(params, grammar=value)
+    assert name in {field.name for field in fields(SamplingParams)}
+    low, high, whole = _RANGES[name]
+    kinds = (int,) if whole else (int, float)
+    ok = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    if not ok:
+        kind = "a whole number" if whole else "a number"
+        raise ConfigError(f"{what} is {value!r}, expected {kind} from {low:g} to {high:g}")
+    checked: dict[str, Any] = {name: value if whole else float(value)}
+    return replace(params, **checked)
