@@ -217,7 +217,7 @@ def save_checkpoint(
         )
     itemsize = STORAGE[dtype][0].itemsize
     sizes = {name: math.prod(spec.shape) * itemsize for name, spec in specs.items()}
-    shards = _plan_shards(sizes, shard_bytes)
+    shards = plan_shards(sizes, shard_bytes)
     with atomic_folder(path, force=force) as folder:
         index: dict[str, str] = {}
         for shard_idx, names in enumerate(shards):
@@ -268,7 +268,8 @@ def _optional_json(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.exists() else {}
 
 
-def _plan_shards(sizes: dict[str, int], shard_bytes: int | None) -> list[list[str]]:
+def plan_shards(sizes: Mapping[str, int], shard_bytes: int | None) -> list[list[str]]:
+    """Tensor names file by file, in order; a file goes above shard_bytes only for a single larger tensor."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

@@ -17,7 +17,7 @@ import numpy as np
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from melt_edge.checkpoint import save_checkpoint
+from melt_edge.checkpoint import plan_shards, save_checkpoint
 from melt_edge.config import LoopConfig
 from melt_edge.spec import tensor_specs
 
@@ -104,7 +104,10 @@ def tiny_checkpoint(folder: str | Path, config: LoopConfig, seed: int = 0, dtype
     """Write a whole checkpoint folder; config.vocab_size is also the tokenizer's. Returns the folder."""
     tensors = tiny_tensors(config, seed)
     itemsize = 4 if dtype == "F32" else 2
-    total = sum(t.size for t in tensors.values()) * itemsize
+    sizes = {name: t.size * itemsize for name, t in tensors.items()}
+    shard_bytes = math.ceil(sum(sizes.values()) / shards)
+    while len(plan_shards(sizes, shard_bytes)) > shards:
+        shard_bytes += 64
     return save_checkpoint(
         folder,
         replace(config, torch_dtype=_DTYPE_NAMES[dtype]),
@@ -112,7 +115,7 @@ def tiny_checkpoint(folder: str | Path, config: LoopConfig, seed: int = 0, dtype
         tokenizer_json=tiny_tokenizer_json(config.vocab_size),
         tokenizer_config=tiny_tokenizer_config(),
         generation_config={"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "eos_token_id": 2},
-        shard_bytes=None if shards == 1 else math.ceil(total / shards),
+        shard_bytes=None if shards == 1 else shard_bytes,
     )
 
 
