@@ -187,7 +187,7 @@ def _check_key(info: GGUFInfo, key: str) -> None:
         _check_value(info, key, rule)
     elif key.startswith("tokenizer.chat_template."):  # named templates: tool_use, rag
         _check_value(info, key, TOKENIZER_KEYS["tokenizer.chat_template"])
-    elif key.startswith(f"{info.arch}."):
+    elif key.startswith((f"{info.arch}.", "xielu.")):
         # llama.cpp's model saver writes every key it knows; "off" is what these architectures have anyway.
         if not _is_off(info.metadata[key]):
             raise FormatError(
@@ -218,10 +218,11 @@ def _check_value(info: GGUFInfo, key: str, rule: KeyRule) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (is_number if rule.type == "number" else type_name == rule.type):
         raise FormatError(f"{info.path}: key {key!r} is {type_name} {_show(value)}, expected {rule.type}")
-    if rule.choices is not None and value not in rule.choices:
-        choices = " or ".join(map(repr, rule.choices))
-        raise ConfigError(f"{info.path}: key {key!r} is {_show(value)}, expected {choices}")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if rule.choices is not None:
+        if value not in rule.choices:
+            choices = " or ".join(map(_show, rule.choices))
+            raise ConfigError(f"{info.path}: key {key!r} is {_show(value)}, expected {choices}")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
         low = -math.inf if rule.low is None else rule.low
         high = math.inf if rule.high is None else rule.high
         if not math.isfinite(value) or not low <= value <= high:

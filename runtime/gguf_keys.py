@@ -55,11 +55,34 @@ ARCH_KEYS = {
     "rope.scaling.factor": KeyRule("f32", choices=(0.0, 1.0)),
     "rope.scaling.attn_factor": KeyRule("f32", choices=(1.0,)),
     "rope.scaling.original_context_length": _OPTIONAL_SIZE,
+    "attention.key_length_swa": _OPTIONAL_SIZE,
+    "attention.value_length_swa": _OPTIONAL_SIZE,
+    "rope.dimension_count_swa": _OPTIONAL_SIZE,
+    "rope.freq_base_swa": KeyRule("f32", low=0.0, high=1e30),
 }
+# More of the model saver's: its defaults for other architectures. None of them reaches the graph.
+_SAVER_DEFAULTS: dict[str, tuple[str, MetaValue]] = {
+    "activation.situ_beta": ("f32", 1.0),
+    "attention.indexer.kpool_select_tail": ("bool", True),
+    "attention.rope_pattern": ("u32", 1),
+    "attn_logit_softcapping": ("f32", 50.0),
+    "decoder_start_token_id": ("i32", -1),
+    "deepstack_mapping": ("arr[i32]", [-1] * MAX_SLOTS),
+    "expert_group_scale": ("f32", 0.05000000074505806),
+    "final_logit_softcapping": ("f32", 30.0),
+    "kda.gate_lower_bound": ("f32", float("-inf")),
+    "rope.scaling.yarn_attn_factor": ("f32", 1.0),
+    "rope.scaling.yarn_beta_fast": ("f32", 32.0),
+    "rope.scaling.yarn_beta_slow": ("f32", 1.0),
+    "rope.scaling.yarn_ext_factor": ("f32", -1.0),
+    "router_logit_softcapping": ("f32", 30.0),
+    "token_shift_count": ("u32", 2),
+}
+ARCH_KEYS.update({name: KeyRule(type, choices=(value,)) for name, (type, value) in _SAVER_DEFAULTS.items()})
 MELT_KEYS = {
     "chunk_size": _SIZE,
     "kv_gate": KeyRule("str", required=True, choices=KV_GATES),
-    "kv_gate_init": KeyRule("str", choices=KV_GATE_INITS),
+    "kv_gate_init": KeyRule("str", required=True, choices=KV_GATE_INITS),
 }
 
 # Keys below "general." that llama.cpp or the runtime interprets; others are free text and allowed.

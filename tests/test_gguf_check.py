@@ -233,6 +233,7 @@ KEYS: dict[str, tuple[Edit, type[MeltError], str]] = {
     "gate unknown": (_set("melt.kv_gate", "scalar"), ConfigError, "melt.kv_gate"),
     "gate missing": (_drop("melt.kv_gate"), FormatError, "melt.kv_gate"),
     "gate none, with tensors": (_set("melt.kv_gate", "none"), SpecError, "kv_gate_x.weight"),
+    "gate start missing": (_drop("melt.kv_gate_init"), FormatError, "melt.kv_gate_init"),
     "gate start unknown": (_set("melt.kv_gate_init", "ones"), ConfigError, "melt.kv_gate_init"),
     "experts": (_set("melt.expert_count", 4, "u32"), FormatError, "melt.expert_count"),
     "not causal": (_set("melt.attention.causal", False, "bool"), ConfigError, "melt.attention.causal"),
@@ -366,6 +367,25 @@ GOOD: dict[str, Edit] = {
 def test_harmless_variety_passes(edit: Edit, melt: Draft, tmp_path: Path) -> None:
     edit(melt)
     check_gguf(melt.write(tmp_path / "good.gguf"))
+
+
+@pytest.mark.parametrize("arch", ["ouro", "melt"])
+def test_what_the_model_saver_writes_passes(arch: str, make_gguf: Callable[..., Path], tmp_path: Path) -> None:
+    # It writes every key llama.cpp knows, at other architectures' defaults.
+    import melt_edge
+    from melt_edge.runtime.library import import_llama_cpp
+
+    source, saved = make_gguf(tiny_config(arch)), tmp_path / "saved.gguf"
+    with melt_edge.load(source) as model:
+        import_llama_cpp().llama_model_save_to_file(model.llama.model, str(saved).encode())
+    assert config_from_gguf(check_gguf(saved)) == config_from_gguf(check_gguf(source))
+
+
+@pytest.mark.parametrize("type", ["q2_k", "q4_k_m", "q6_k", "iq4_xs"])
+def test_what_the_quantizer_writes_passes(type: str, make_gguf: Callable[..., Path]) -> None:
+    # It drops leading ones from shapes and mixes types; rows of 256 values, the K-quants' block.
+    info = check_gguf(make_gguf(tiny_config("melt", hidden_size=256, head_dim=64), type=type))
+    assert len({tensor.type for tensor in info.tensors}) > 1
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
