@@ -88,7 +88,7 @@ class _Worker:
 
     def __init__(self, base: Path, scratch: Path, check_only: bool) -> None:
         start = f"import sys; sys.path.insert(0, {str(TESTS)!r}); from fuzz.worker import main; main()"
-        command = [sys.executable, "-c", start, str(base), str(scratch)]
+        command = [sys.executable, "-c", start, str(base.resolve()), str(scratch)]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
             command + (["--check-only"] if check_only else []),
@@ -96,6 +96,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            cwd=scratch.parent,  # in the repository's root its melt_edge/ would hide the installed package
         )
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._is_new = True
