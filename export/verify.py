@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,26 +22,27 @@ N_STEPS = 4
 MAX_PROMPT = 600
 # float32 files: largest difference of a logit, in standard deviations of the reference's logits.
 MAX_STD_F32 = 1e-3
-# Other types: mean KL divergence from the reference over all positions, in nats. Random weights are the
-# worst case that is met: trained models stay far below. The bounds are checked in tests/parity.
+# Other types: mean KL divergence from the reference over all positions, in nats. Calibrated on random
+# weights, where every loop amplifies the rounding: twice the worst of 66 tiny checkpoints. A trained model
+# stays far below; logits that have nothing to do with the reference's are near 4.
 MAX_MEAN_KL = {
     "f16": 1e-4,
-    "bf16": 5e-3,
-    "q8_0": 1e-2,
-    "q6_k": 5e-2,
-    "q5_k_m": 0.2,
-    "q5_k_s": 0.2,
-    "q5_1": 0.2,
-    "q5_0": 0.2,
-    "q4_k_m": 0.6,
-    "q4_k_s": 0.6,
-    "q4_1": 0.6,
-    "q4_0": 0.6,
-    "iq4_nl": 0.6,
-    "iq4_xs": 0.6,
-    "q3_k_l": 1.5,
-    "q3_k_m": 1.5,
-    "q3_k_s": 1.5,
+    "bf16": 2e-3,
+    "q8_0": 0.05,
+    "q6_k": 0.1,
+    "q5_k_m": 0.4,
+    "q5_k_s": 0.4,
+    "q5_1": 0.4,
+    "q5_0": 0.4,
+    "q4_k_m": 1.5,
+    "q4_k_s": 1.5,
+    "q4_1": 1.5,
+    "q4_0": 1.8,
+    "iq4_nl": 1.5,
+    "iq4_xs": 1.5,
+    "q3_k_l": 2.0,
+    "q3_k_m": 2.0,
+    "q3_k_s": 2.0,
     "q2_k": 3.0,
 }
 
@@ -119,13 +120,16 @@ def _reference_logits(model: LoopLM, tokens: list[int]) -> FloatArray:
 
 
 def _file_logits(path: Path, tokens: list[int]) -> FloatArray:
-    from melt_edge.runtime.model import load
+    from melt_edge.runtime.llama import LlamaBackend
+    from melt_edge.runtime.options import LoadOptions
 
     prompt, steps = _split(tokens)
-    with load(path, n_ctx=len(tokens), kv_type="f32") as model:
-        backend: Any = model.backend
+    backend = LlamaBackend(path, LoadOptions(n_ctx=len(tokens), kv_type="f32", n_gpu_layers=0))
+    try:
         logits = [backend.logits(prompt)]
         for token in steps:
             backend.eval([token])
             logits.append(backend.last_logits()[None].copy())
+    finally:
+        backend.close()
     return np.concatenate(logits)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import configs, tiny_config, tiny_tensors
 
 from melt_edge.config import LoopConfig
 from melt_edge.modeling import KVCache, LoopLM, select_exit
+from tiny import configs, tiny_config, tiny_tensors
 
 Array = np.ndarray[Any, Any]
 
@@ -121,7 +121,9 @@ def test_equals_the_naive_implementation(config: LoopConfig, n: int, chunk_size:
     assert np.abs(found - expected).max() <= 1e-9 * max(1.0, float(np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("perturbed", ["kv_gate.h_proj.weight", "kv_gate.x_proj.bias", "k_proj.weight", "input_layernorm_2.weight"])
+@pytest.mark.parametrize(
+    "perturbed", ["kv_gate.h_proj.weight", "kv_gate.x_proj.bias", "k_proj.weight", "input_layernorm_2.weight"]
+)
 def test_the_comparison_sees_one_changed_tensor(perturbed: str) -> None:
     config = tiny_config("melt", num_loops=3)
     weights = tiny_tensors(config)
