@@ -51,7 +51,8 @@ def estimate(
     states = 4 * n_ubatch * (width + attention)
     logits = 4 * config.vocab_size * (n_ubatch + n_batch)
     graph = 64 * 1024 * config.num_loops * config.num_hidden_layers + 8 * 2**20
-    return Estimate(sum(tensor.nbytes for tensor in info.tensors), kv, states + logits + graph)
+    weights = sum(-(-tensor.nbytes // info.alignment) * info.alignment for tensor in info.tensors)
+    return Estimate(weights, kv, states + logits + graph)
 
 
 def check_budget(needed: Estimate, *, n_ctx: int, kv_type: str, source: str) -> None:
