@@ -162,7 +162,8 @@ class Attention(nn.Module):
         return self.o_proj(a.transpose(1, 2).flatten(2)), h  # (B, C, D)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, C, H*Dh) -> (B, H, C, Dh)
+        heads: Tensor = x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, C, H*Dh) -> (B, H, C, Dh)
+        return heads
 
 
 class MLP(nn.Module):
@@ -176,7 +177,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, C, D) -> (B, C, D)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class DecoderLayer(nn.Module):

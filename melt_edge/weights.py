@@ -235,6 +235,7 @@ def _pread(descriptor: int, offset: int, count: int, file: Path) -> npt.NDArray[
 
 
 def has_nonfinite(raw: npt.NDArray[Any], dtype: str) -> bool:
+    """Whether any stored value is NaN or Inf."""
     _, exponent = STORAGE[dtype]
     for start in range(0, raw.size, BLOCK_BYTES // 4):
         block = raw[start : start + BLOCK_BYTES // 4]
@@ -244,6 +245,7 @@ def has_nonfinite(raw: npt.NDArray[Any], dtype: str) -> bool:
 
 
 def nonfinite_message(infos: list[TensorInfo]) -> str:
+    """The error that names every tensor in ``infos``, up to a limit."""
     names = "".join(f"\n  {info.file.name}: {info.name}" for info in infos[:_MAX_BAD_SHOWN])
     more = f"\n  ... and {len(infos) - _MAX_BAD_SHOWN} more" if len(infos) > _MAX_BAD_SHOWN else ""
     return (
@@ -253,6 +255,7 @@ def nonfinite_message(infos: list[TensorInfo]) -> str:
 
 
 def to_float32(raw: npt.NDArray[Any], dtype: str) -> FloatArray:
+    """The stored values as float32, exactly."""
     if dtype == "F32":
         return raw.view(np.dtype("<f4")).astype(np.float32, copy=False)
     if dtype == "F16":

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_checkpoint, tiny_config
 
 from melt_edge.config import LoopConfig
+from tiny import tiny_checkpoint, tiny_config
 
 MakeCheckpoint = Callable[..., Path]
 MakeGGUF = Callable[..., Path]

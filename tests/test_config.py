@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from tiny import configs, tiny_config
 
 from melt_edge.config import DEFAULT_CHUNK_SIZE, LoopConfig, read_json_object
 from melt_edge.errors import ConfigError
+from tiny import configs, tiny_config
 
 OURO_1_4B: dict[str, Any] = {
     "architectures": ["OuroForCausalLM"],

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given, settings
-from tiny import configs, tiny_config
 
 from melt_edge.config import LoopConfig
 from melt_edge.names import checkpoint_name, gguf_name
 from melt_edge.spec import tensor_specs
+from tiny import configs, tiny_config
 
 
 @settings(max_examples=50, deadline=None)
@@ -39,7 +39,9 @@ def test_gate_names_are_those_of_the_file_format() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["", "model.layers.x.input_layernorm.weight", "model.layers.1.nothing", "blk.-1.attn_q"])
+@pytest.mark.parametrize(
+    "name", ["", "model.layers.x.input_layernorm.weight", "model.layers.1.nothing", "blk.-1.attn_q"]
+)
 def test_unknown_names_are_key_errors(name: str) -> None:
     with pytest.raises(KeyError):
         gguf_name(name)

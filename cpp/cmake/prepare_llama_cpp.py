@@ -109,7 +109,7 @@ def apply_series(patches: Path, tree: Path) -> None:
         try:
             done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
         except FileNotFoundError:
-            raise SystemExit("error: git is needed to apply cpp/patches, but was not found: please install it") from None
+            raise SystemExit("error: git, which applies cpp/patches, was not found: please install it") from None
         if done.returncode != 0:
             raise SystemExit(f"error: {patch.name} does not apply to the llama.cpp tree:\n{done.stderr.strip()}")
 

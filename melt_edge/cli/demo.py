@@ -80,10 +80,12 @@ def demo(
 
     show_library_warnings()
     source = shipped_model(_MODEL)
-    options = {} if threads is None else {"n_threads": threads}
     with tempfile.TemporaryDirectory(prefix="melt-edge-") as folder:
         shared_file = share_kv_gguf(source, Path(folder) / "shared.gguf")
-        with melt_edge.load(source, **options) as ouro, melt_edge.load(shared_file, **options) as shared:
+        with (
+            melt_edge.load(source, n_threads=threads) as ouro,
+            melt_edge.load(shared_file, n_threads=threads) as shared,
+        ):
             sides = (_Side("per loop", ouro), _Side("shared", shared))
             _introduce(ouro)
             for text in question or QUESTIONS:
