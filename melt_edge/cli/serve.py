@@ -121,14 +121,15 @@ def make_app(model: Model, *, alias: str, api_key: str | None = None) -> Any:
             """Nothing to free: `serve` closes the model."""
 
     # create_app names its proxy class by this module-level name and offers no other way in.
-    original, server.LlamaProxy = server.LlamaProxy, LoadedModel
+    original = server.LlamaProxy
+    server.LlamaProxy = LoadedModel  # type: ignore[misc]
     try:
         return server.create_app(
             server_settings=ServerSettings(api_key=api_key, interrupt_requests=False),
             model_settings=[ModelSettings(model=str(model.info.path), model_alias=alias)],
         )
     finally:
-        server.LlamaProxy = original
+        server.LlamaProxy = original  # type: ignore[misc]
 
 
 def _require_server() -> None:
