@@ -141,6 +141,42 @@ void llama_looped_save_hparams(llama_model_saver & saver, const llama_hparams & 
 // tensors
 //
 
+// The kernels of norms and biases read float32, and those of products abort or crash on what is no weight type.
+static void looped_check_type(const ggml_tensor * tensor, bool is_weight) {
+    if (tensor == nullptr) {
+        return;
+    }
+
+    bool ok = tensor->type == GGML_TYPE_F32;
+    if (is_weight) {
+        switch (tensor->type) {
+            case GGML_TYPE_F16:
+            case GGML_TYPE_BF16:
+            case GGML_TYPE_Q4_0:
+            case GGML_TYPE_Q4_1:
+            case GGML_TYPE_Q5_0:
+            case GGML_TYPE_Q5_1:
+            case GGML_TYPE_Q8_0:
+            case GGML_TYPE_Q2_K:
+            case GGML_TYPE_Q3_K:
+            case GGML_TYPE_Q4_K:
+            case GGML_TYPE_Q5_K:
+            case GGML_TYPE_Q6_K:
+            case GGML_TYPE_IQ4_NL:
+            case GGML_TYPE_IQ4_XS:
+                ok = true;
+                break;
+            default:
+                break;
+        }
+    }
+
+    if (!ok) {
+        throw std::runtime_error(format("%s has type %s, expected %s", tensor->name, ggml_type_name(tensor->type),
+                is_weight ? "a floating-point or quantized weight type" : "f32"));
+    }
+}
+
 void llama_model_looped::load_arch_tensors(llama_model_loader &) {
     LLAMA_LOAD_LOCALS;
 
@@ -187,6 +223,24 @@ void llama_model_looped::load_arch_tensors(llama_model_loader &) {
         layer.ffn_down = create_tensor(tn(LLM_TENSOR_FFN_DOWN, "weight", il), {n_ff, n_embd}, 0);
 
         layer.ffn_post_norm = create_tensor(tn(LLM_TENSOR_FFN_POST_NORM, "weight", il), {n_embd}, 0);
+    }
+
+    for (const ggml_tensor * tensor : {tok_embd, output}) {
+        looped_check_type(tensor, true);
+    }
+    for (const ggml_tensor * tensor : {output_norm, exit_gate, exit_gate_b}) {
+        looped_check_type(tensor, false);
+    }
+    for (int il = 0; il < (int) hparams.looped.n_layer_phys; ++il) {
+        const auto & layer = layers[il];
+        for (const ggml_tensor * tensor : {layer.kv_gate_x, layer.kv_gate_h, layer.wq, layer.wk, layer.wv, layer.wo,
+                layer.ffn_gate, layer.ffn_up, layer.ffn_down}) {
+            looped_check_type(tensor, true);
+        }
+        for (const ggml_tensor * tensor : {layer.attn_norm, layer.attn_post_norm, layer.ffn_norm, layer.ffn_post_norm,
+                layer.kv_gate_x_b}) {
+            looped_check_type(tensor, false);
+        }
     }
 }
 
