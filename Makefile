@@ -32,7 +32,8 @@ $(STAMP): $(SETUP_INPUTS)
 	@archive=$$($(BIN)/python cpp/cmake/prepare_llama_cpp.py fetch) && \
 	    CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(PIP) install -q --no-build-isolation --no-deps "$$archive"
 	@echo "[3/3] the other dependencies, and melt-edge with the patched llama.cpp: some minutes"
-	@$(PIP) install -q --no-build-isolation -c constraints.txt -e '.[all]'
+	@$(PIP) install -q --no-build-isolation -c constraints.txt \
+	    --config-settings=build-dir=build -e '.[all]'
 	@touch $@
 
 demo: setup ## ask the shipped model a few questions, with and without the shared cache
@@ -69,7 +70,7 @@ upstream-tests: setup ## build upstream's own tests on the patched library into 
 
 wheel: setup ## a wheel for other machines of this system (no code for this CPU alone) into dist
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist . \
-	    -C build-dir=build/wheel -C cmake.define.MELT_NATIVE=OFF
+	    --config-settings=build-dir=build/wheel --config-settings=cmake.define.MELT_NATIVE=OFF
 
 clean: ## remove .venv, build, dist; the cached llama.cpp archive stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
