@@ -277,13 +277,12 @@ def test_a_killed_export_leaves_the_old_file_or_none(
 
 # --- memory, at the size of the real models
 
+# VmHWM and not getrusage's ru_maxrss, which a child inherits from the process that forked it.
 EXPORT_AND_MEASURE = """
-import resource, sys
+import re, sys
 from melt_edge.export.gguf import export_gguf
-import melt_edge.runtime.gguf_check
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 export_gguf(sys.argv[1], sys.argv[2], type=sys.argv[3], verify=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) * 1024)
 """
 
 
@@ -315,7 +314,7 @@ def big_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("type", ["q8_0", "q4_0", "q4_k_m"])
+@pytest.mark.parametrize("type", ["q8_0", "q6_k"])  # written directly, and by the quantizer
 def test_peak_memory_at_1_6_b(big_checkpoint: Path, tmp_path: Path, type: str) -> None:
     """The process as a whole stays below the largest tensor in float32 plus 500 MB."""
     out = tmp_path / "m.gguf"
