@@ -13,7 +13,7 @@ SETUP_INPUTS := pyproject.toml constraints.txt CMakeLists.txt cpp/CMakeLists.txt
 PIP          := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST       := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-fast lint format tools upstream-tests wheel clean
+.PHONY: help setup demo test test-upstream test-fast lint format tools upstream-tests wheel clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,8 +39,11 @@ $(STAMP): $(SETUP_INPUTS)
 demo: setup ## ask the shipped model a few questions, with and without the shared cache
 	@$(BIN)/melt-edge demo
 
-test: setup ## the whole test suite, the slow tests too
+test: upstream-tests ## the whole test suite, the slow tests too
 	$(PYTEST)
+
+test-upstream: upstream-tests ## upstream's own tests on the patched library, for both architectures
+	$(PYTEST) tests/test_upstream.py
 
 test-fast: setup ## the tests that take seconds
 	$(PYTEST) -m "not slow"
