@@ -42,9 +42,9 @@ llama_ubatch llama_batch_allocr::split_chunks(uint32_t n_chunk, bool equal) {
         }
         idxs.insert(idxs.end(), chunk.begin(), chunk.end());
 
-        n_seqs       += 1;
-        n_seq_tokens  = chunk.size();
-        last_seq_id   = batch.seq_id[i][0];
+        n_seqs += 1;
+        n_seq_tokens = chunk.size();
+        last_seq_id  = batch.seq_id[i][0];
     }
 
     if (idxs.empty()) {

@@ -18,7 +18,8 @@ static constexpr uint32_t LLAMA_LOOPED_MAX_LOOPS = 64;
 //
 
 // An unsigned key in [1, max]. The range is checked before the value is narrowed: an override is an int64.
-static uint32_t looped_get_uint(llama_model_loader & ml, enum llm_kv kid, uint32_t max, bool required, uint32_t missing) {
+static uint32_t looped_get_uint(llama_model_loader & ml, enum llm_kv kid, uint32_t max, bool required,
+                                uint32_t missing) {
     const std::string key = ml.llm_kv(kid);
 
     int64_t value = missing;
@@ -43,7 +44,8 @@ static bool looped_get_choice(llama_model_loader & ml, enum llm_kv kid, const ch
     std::string value;
     ml.get_key(kid, value);
     if (value != yes && value != no) {
-        throw std::runtime_error(format("%s is '%s', expected '%s' or '%s'", std::string(ml.llm_kv(kid)).c_str(), value.c_str(), yes, no));
+        throw std::runtime_error(
+            format("%s is '%s', expected '%s' or '%s'", std::string(ml.llm_kv(kid)).c_str(), value.c_str(), yes, no));
     }
 
     return value == yes;
@@ -51,7 +53,8 @@ static bool looped_get_choice(llama_model_loader & ml, enum llm_kv kid, const ch
 
 static void looped_require(llama_model_loader & ml, bool ok, enum llm_kv kid, const char * expected) {
     if (!ok) {
-        throw std::runtime_error(format("%s is out of range, expected %s", std::string(ml.llm_kv(kid)).c_str(), expected));
+        throw std::runtime_error(
+            format("%s is out of range, expected %s", std::string(ml.llm_kv(kid)).c_str(), expected));
     }
 }
 
@@ -62,16 +65,20 @@ void llama_model_looped::load_arch_hparams(llama_model_loader & ml) {
     ml.get_key(LLM_KV_EXIT_THRESHOLD, looped.exit_threshold, false);
 
     // comparisons are written so that NaN fails them
-    looped_require(ml, hparams.f_norm_rms_eps > 0.0f && hparams.f_norm_rms_eps < 0.1f, LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, "a number between 0 and 0.1");
-    looped_require(ml, hparams.rope_freq_base_train > 1.0f && std::isfinite(hparams.rope_freq_base_train), LLM_KV_ROPE_FREQ_BASE, "a finite number above 1");
-    looped_require(ml, looped.exit_threshold > 0.0f && looped.exit_threshold <= 1.0f, LLM_KV_EXIT_THRESHOLD, "a number above 0 and at most 1");
+    looped_require(ml, hparams.f_norm_rms_eps > 0.0f && hparams.f_norm_rms_eps < 0.1f,
+                   LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, "a number between 0 and 0.1");
+    looped_require(ml, hparams.rope_freq_base_train > 1.0f && std::isfinite(hparams.rope_freq_base_train),
+                   LLM_KV_ROPE_FREQ_BASE, "a finite number above 1");
+    looped_require(ml, looped.exit_threshold > 0.0f && looped.exit_threshold <= 1.0f, LLM_KV_EXIT_THRESHOLD,
+                   "a number above 0 and at most 1");
 
     const uint32_t n_head      = hparams.n_head();
     const uint32_t n_head_kv   = hparams.n_head_kv();
     const uint32_t n_embd_head = hparams.n_embd_head_k();
 
     looped_require(ml, n_head > 0, LLM_KV_ATTENTION_HEAD_COUNT, "at least 1");
-    looped_require(ml, n_head_kv > 0 && n_head % n_head_kv == 0, LLM_KV_ATTENTION_HEAD_COUNT_KV, "a divisor of the head count");
+    looped_require(ml, n_head_kv > 0 && n_head % n_head_kv == 0, LLM_KV_ATTENTION_HEAD_COUNT_KV,
+                   "a divisor of the head count");
     looped_require(ml, n_embd_head > 0 && n_embd_head % 2 == 0, LLM_KV_ATTENTION_KEY_LENGTH, "an even number");
     looped_require(ml, n_embd_head == hparams.n_embd_head_v(), LLM_KV_ATTENTION_VALUE_LENGTH, "the key length");
     looped_require(ml, n_embd_head == hparams.n_rot(), LLM_KV_ROPE_DIMENSION_COUNT, "the key length");
@@ -84,7 +91,8 @@ void llama_model_looped::load_arch_hparams(llama_model_loader & ml) {
     looped_require(ml, hparams.rope_freq_scale_train == 1.0f, LLM_KV_ROPE_SCALING_FACTOR, "no rope scaling");
 
     for (uint32_t il = 1; il < hparams.n_layer(); ++il) {
-        looped_require(ml, hparams.n_head(il) == n_head && hparams.n_head_kv(il) == n_head_kv, LLM_KV_ATTENTION_HEAD_COUNT, "the same in every layer");
+        looped_require(ml, hparams.n_head(il) == n_head && hparams.n_head_kv(il) == n_head_kv,
+                       LLM_KV_ATTENTION_HEAD_COUNT, "the same in every layer");
         looped_require(ml, hparams.n_ff(il) == hparams.n_ff(), LLM_KV_FEED_FORWARD_LENGTH, "the same in every layer");
     }
 
@@ -94,15 +102,15 @@ void llama_model_looped::load_arch_hparams(llama_model_loader & ml) {
     if (arch == LLM_ARCH_MELT) {
         // one cache slot per layer, written again by every loop
         looped.chunk_size         = looped_get_uint(ml, LLM_KV_CHUNK_SIZE, INT32_MAX, true, 0);
-        looped.kv_gate            = looped_get_choice(ml, LLM_KV_KV_GATE,      "elementwise", "none");
-        looped.kv_gate_init_input = looped_get_choice(ml, LLM_KV_KV_GATE_INIT, "input",       "zeros");
+        looped.kv_gate            = looped_get_choice(ml, LLM_KV_KV_GATE, "elementwise", "none");
+        looped.kv_gate_init_input = looped_get_choice(ml, LLM_KV_KV_GATE_INIT, "input", "zeros");
     } else {
         // one cache slot per (loop, layer): the cache is made for n_layer_all layers
         const uint64_t n_slots = (uint64_t) looped.n_loops * looped.n_layer_phys;
         if (n_slots > LLAMA_MAX_LAYERS) {
-            throw std::runtime_error(format("%s x %s is %llu, expected at most %d cache slots",
-                    std::string(ml.llm_kv(LLM_KV_NUM_LOOPS)).c_str(), std::string(ml.llm_kv(LLM_KV_BLOCK_COUNT)).c_str(),
-                    (unsigned long long) n_slots, LLAMA_MAX_LAYERS));
+            throw std::runtime_error(format(
+                "%s x %s is %llu, expected at most %d cache slots", std::string(ml.llm_kv(LLM_KV_NUM_LOOPS)).c_str(),
+                std::string(ml.llm_kv(LLM_KV_BLOCK_COUNT)).c_str(), (unsigned long long) n_slots, LLAMA_MAX_LAYERS));
         }
         for (uint32_t slot = looped.n_layer_phys; slot < n_slots; ++slot) {
             hparams.n_head_arr[slot]    = n_head;
@@ -127,12 +135,12 @@ void llama_looped_save_hparams(llama_model_saver & saver, const llama_hparams & 
         return;
     }
 
-    saver.add_kv(LLM_KV_BLOCK_COUNT,    looped.n_layer_phys); // n_layer_all counts Ouro's cache slots
-    saver.add_kv(LLM_KV_NUM_LOOPS,      looped.n_loops);
+    saver.add_kv(LLM_KV_BLOCK_COUNT, looped.n_layer_phys); // n_layer_all counts Ouro's cache slots
+    saver.add_kv(LLM_KV_NUM_LOOPS, looped.n_loops);
     saver.add_kv(LLM_KV_EXIT_THRESHOLD, looped.exit_threshold);
     if (looped.chunk_size > 0) {
-        saver.add_kv(LLM_KV_CHUNK_SIZE,   looped.chunk_size);
-        saver.add_kv(LLM_KV_KV_GATE,      looped.kv_gate ? "elementwise" : "none");
+        saver.add_kv(LLM_KV_CHUNK_SIZE, looped.chunk_size);
+        saver.add_kv(LLM_KV_KV_GATE, looped.kv_gate ? "elementwise" : "none");
         saver.add_kv(LLM_KV_KV_GATE_INIT, looped.kv_gate_init_input ? "input" : "zeros");
     }
 }
@@ -163,17 +171,14 @@ static void looped_check_type(const ggml_tensor * tensor, bool is_weight) {
             case GGML_TYPE_Q5_K:
             case GGML_TYPE_Q6_K:
             case GGML_TYPE_IQ4_NL:
-            case GGML_TYPE_IQ4_XS:
-                ok = true;
-                break;
-            default:
-                break;
+            case GGML_TYPE_IQ4_XS: ok = true; break;
+            default: break;
         }
     }
 
     if (!ok) {
         throw std::runtime_error(format("%s has type %s, expected %s", tensor->name, ggml_type_name(tensor->type),
-                is_weight ? "a floating-point or quantized weight type" : "f32"));
+                                        is_weight ? "a floating-point or quantized weight type" : "f32"));
     }
 }
 
@@ -182,15 +187,15 @@ void llama_model_looped::load_arch_tensors(llama_model_loader &) {
 
     const int64_t n_embd_q = n_embd_head_k * n_head;
 
-    tok_embd    = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD,  "weight"), {n_embd, n_vocab}, 0);
+    tok_embd    = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), {n_embd, n_vocab}, 0);
     output_norm = create_tensor(tn(LLM_TENSOR_OUTPUT_NORM, "weight"), {n_embd}, 0);
-    output      = create_tensor(tn(LLM_TENSOR_OUTPUT,      "weight"), {n_embd, n_vocab}, TENSOR_NOT_REQUIRED);
+    output      = create_tensor(tn(LLM_TENSOR_OUTPUT, "weight"), {n_embd, n_vocab}, TENSOR_NOT_REQUIRED);
     if (output == nullptr) {
         output = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), {n_embd, n_vocab}, TENSOR_DUPLICATED);
     }
 
     exit_gate   = create_tensor(tn(LLM_TENSOR_EXIT_GATE, "weight"), {n_embd, 1}, TENSOR_NOT_REQUIRED);
-    exit_gate_b = create_tensor(tn(LLM_TENSOR_EXIT_GATE, "bias"),   {1},         exit_gate ? 0 : TENSOR_NOT_REQUIRED);
+    exit_gate_b = create_tensor(tn(LLM_TENSOR_EXIT_GATE, "bias"), {1}, exit_gate ? 0 : TENSOR_NOT_REQUIRED);
     if ((exit_gate == nullptr) != (exit_gate_b == nullptr)) {
         throw std::runtime_error("exit_gate.bias is in the file, but exit_gate.weight is not");
     }
@@ -206,20 +211,20 @@ void llama_model_looped::load_arch_tensors(llama_model_loader &) {
 
         if (hparams.looped.kv_gate) {
             layer.kv_gate_x   = create_tensor(tn(LLM_TENSOR_KV_GATE_X, "weight", il), {n_embd, n_embd}, 0);
-            layer.kv_gate_x_b = create_tensor(tn(LLM_TENSOR_KV_GATE_X, "bias",   il), {n_embd},         0);
+            layer.kv_gate_x_b = create_tensor(tn(LLM_TENSOR_KV_GATE_X, "bias", il), {n_embd}, 0);
             layer.kv_gate_h   = create_tensor(tn(LLM_TENSOR_KV_GATE_H, "weight", il), {n_embd, n_embd}, 0);
         }
 
-        layer.wq = create_tensor(tn(LLM_TENSOR_ATTN_Q,   "weight", il), {n_embd, n_embd_q},     0);
-        layer.wk = create_tensor(tn(LLM_TENSOR_ATTN_K,   "weight", il), {n_embd, n_embd_k_gqa}, 0);
-        layer.wv = create_tensor(tn(LLM_TENSOR_ATTN_V,   "weight", il), {n_embd, n_embd_v_gqa}, 0);
-        layer.wo = create_tensor(tn(LLM_TENSOR_ATTN_OUT, "weight", il), {n_embd_q, n_embd},     0);
+        layer.wq = create_tensor(tn(LLM_TENSOR_ATTN_Q, "weight", il), {n_embd, n_embd_q}, 0);
+        layer.wk = create_tensor(tn(LLM_TENSOR_ATTN_K, "weight", il), {n_embd, n_embd_k_gqa}, 0);
+        layer.wv = create_tensor(tn(LLM_TENSOR_ATTN_V, "weight", il), {n_embd, n_embd_v_gqa}, 0);
+        layer.wo = create_tensor(tn(LLM_TENSOR_ATTN_OUT, "weight", il), {n_embd_q, n_embd}, 0);
 
         layer.attn_post_norm = create_tensor(tn(LLM_TENSOR_ATTN_POST_NORM, "weight", il), {n_embd}, 0);
 
         layer.ffn_norm = create_tensor(tn(LLM_TENSOR_FFN_NORM, "weight", il), {n_embd}, 0);
         layer.ffn_gate = create_tensor(tn(LLM_TENSOR_FFN_GATE, "weight", il), {n_embd, n_ff}, 0);
-        layer.ffn_up   = create_tensor(tn(LLM_TENSOR_FFN_UP,   "weight", il), {n_embd, n_ff}, 0);
+        layer.ffn_up   = create_tensor(tn(LLM_TENSOR_FFN_UP, "weight", il), {n_embd, n_ff}, 0);
         layer.ffn_down = create_tensor(tn(LLM_TENSOR_FFN_DOWN, "weight", il), {n_ff, n_embd}, 0);
 
         layer.ffn_post_norm = create_tensor(tn(LLM_TENSOR_FFN_POST_NORM, "weight", il), {n_embd}, 0);
@@ -234,11 +239,11 @@ void llama_model_looped::load_arch_tensors(llama_model_loader &) {
     for (int il = 0; il < (int) hparams.looped.n_layer_phys; ++il) {
         const auto & layer = layers[il];
         for (const ggml_tensor * tensor : {layer.kv_gate_x, layer.kv_gate_h, layer.wq, layer.wk, layer.wv, layer.wo,
-                layer.ffn_gate, layer.ffn_up, layer.ffn_down}) {
+                                           layer.ffn_gate, layer.ffn_up, layer.ffn_down}) {
             looped_check_type(tensor, true);
         }
-        for (const ggml_tensor * tensor : {layer.attn_norm, layer.attn_post_norm, layer.ffn_norm, layer.ffn_post_norm,
-                layer.kv_gate_x_b}) {
+        for (const ggml_tensor * tensor :
+             {layer.attn_norm, layer.attn_post_norm, layer.ffn_norm, layer.ffn_post_norm, layer.kv_gate_x_b}) {
             looped_check_type(tensor, false);
         }
     }
@@ -251,13 +256,13 @@ void llama_model_looped::load_arch_tensors(llama_model_loader &) {
 struct llama_model_looped::graph : public llm_graph_context {
     graph(const llama_model & model, const llm_graph_params & params);
 
-    const llama_model          & model;
+    const llama_model &          model;
     const llama_looped_hparams & looped;
 
     // inputs, the same in every loop
-    ggml_tensor             * inp_pos;
+    ggml_tensor *             inp_pos;
     llm_graph_input_attn_kv * inp_attn;
-    ggml_tensor             * inp_out_ids;
+    ggml_tensor *             inp_out_ids;
 
     std::vector<ggml_tensor *> latents; // h of each layer, from the loop before; nullptr in the first
 
@@ -276,7 +281,7 @@ std::unique_ptr<llm_graph_context> llama_model_looped::build_arch_graph(const ll
 }
 
 llama_model_looped::graph::graph(const llama_model & model, const llm_graph_params & params) :
-        llm_graph_context(params), model(model), looped(model.hparams.looped), latents(looped.n_layer_phys, nullptr) {
+    llm_graph_context(params), model(model), looped(model.hparams.looped), latents(looped.n_layer_phys, nullptr) {
     ggml_tensor * cur = build_inp_embd(model.tok_embd); // [n_embd, n_tokens]
 
     inp_pos     = build_inp_pos();
@@ -330,14 +335,14 @@ ggml_tensor * llama_model_looped::graph::build_loop(ggml_tensor * cur, int loop_
         ggml_tensor * u = build_norm(cur, layer.attn_norm, nullptr, LLM_NORM_RMS, il);
         cb(u, "attn_norm", il);
 
-        ggml_tensor * h = looped.kv_gate ? build_kv_gate(layer, u, latents[layer_idx], il) : u;
+        ggml_tensor * h    = looped.kv_gate ? build_kv_gate(layer, u, latents[layer_idx], il) : u;
         latents[layer_idx] = h;
 
         ggml_tensor * Qcur = build_lora_mm(layer.wq, u, layer.wq_s);
         ggml_tensor * Kcur = build_lora_mm(layer.wk, h, layer.wk_s);
         ggml_tensor * Vcur = build_lora_mm(layer.wv, h, layer.wv_s);
 
-        Qcur = ggml_reshape_3d(ctx0, Qcur, n_embd_head, n_head,    n_tokens);
+        Qcur = ggml_reshape_3d(ctx0, Qcur, n_embd_head, n_head, n_tokens);
         Kcur = ggml_reshape_3d(ctx0, Kcur, n_embd_head, n_head_kv, n_tokens);
         Vcur = ggml_reshape_3d(ctx0, Vcur, n_embd_head, n_head_kv, n_tokens);
 
@@ -349,11 +354,12 @@ ggml_tensor * llama_model_looped::graph::build_loop(ggml_tensor * cur, int loop_
         cb(Kcur, "Kcur", il);
         cb(Vcur, "Vcur", il);
 
-        cur = build_attn(inp_attn, layer.wo, nullptr, layer.wo_s, Qcur, Kcur, Vcur, nullptr, nullptr, nullptr, kq_scale, il);
+        cur = build_attn(inp_attn, layer.wo, nullptr, layer.wo_s, Qcur, Kcur, Vcur, nullptr, nullptr, nullptr, kq_scale,
+                         il);
         cb(cur, "attn_out", il);
 
         if (loop_idx == (int) looped.n_loops - 1 && layer_idx == n_layer_phys - 1 && inp_out_ids) {
-            cur   = ggml_get_rows(ctx0, cur,   inp_out_ids); // [n_embd, n_outputs]
+            cur   = ggml_get_rows(ctx0, cur, inp_out_ids); // [n_embd, n_outputs]
             inpSA = ggml_get_rows(ctx0, inpSA, inp_out_ids);
         }
 
@@ -366,11 +372,8 @@ ggml_tensor * llama_model_looped::graph::build_loop(ggml_tensor * cur, int loop_
         cur = build_norm(ffn_inp, layer.ffn_norm, nullptr, LLM_NORM_RMS, il);
         cb(cur, "ffn_norm", il);
 
-        cur = build_ffn(cur,
-                layer.ffn_up,   nullptr, layer.ffn_up_s,
-                layer.ffn_gate, nullptr, layer.ffn_gate_s,
-                layer.ffn_down, nullptr, layer.ffn_down_s,
-                nullptr, LLM_FFN_SILU, LLM_FFN_PAR, il);
+        cur = build_ffn(cur, layer.ffn_up, nullptr, layer.ffn_up_s, layer.ffn_gate, nullptr, layer.ffn_gate_s,
+                        layer.ffn_down, nullptr, layer.ffn_down_s, nullptr, LLM_FFN_SILU, LLM_FFN_PAR, il);
         cb(cur, "ffn_out", il);
 
         cur = build_norm(cur, layer.ffn_post_norm, nullptr, LLM_NORM_RMS, il);
@@ -388,7 +391,8 @@ ggml_tensor * llama_model_looped::graph::build_loop(ggml_tensor * cur, int loop_
     return cur;
 }
 
-ggml_tensor * llama_model_looped::graph::build_kv_gate(const llama_layer & layer, ggml_tensor * u, ggml_tensor * h, int il) const {
+ggml_tensor * llama_model_looped::graph::build_kv_gate(const llama_layer & layer, ggml_tensor * u, ggml_tensor * h,
+                                                       int il) const {
     if (h == nullptr && looped.kv_gate_init_input) {
         return u;
     }
@@ -401,9 +405,8 @@ ggml_tensor * llama_model_looped::graph::build_kv_gate(const llama_layer & layer
     cb(z, "kv_gate_z", il);
 
     // z*h + (1 - z)*u as u + z*(h - u): one operation fewer; h is zero in the first loop
-    ggml_tensor * cur = h != nullptr ?
-        ggml_add(ctx0, u, ggml_mul(ctx0, z, ggml_sub(ctx0, h, u))) :
-        ggml_sub(ctx0, u, ggml_mul(ctx0, z, u));
+    ggml_tensor * cur = h != nullptr ? ggml_add(ctx0, u, ggml_mul(ctx0, z, ggml_sub(ctx0, h, u)))
+                                     : ggml_sub(ctx0, u, ggml_mul(ctx0, z, u));
     cb(cur, "kv_gate_h", il);
 
     return cur;
@@ -423,15 +426,15 @@ ggml_tensor * llama_model_looped::graph::build_exit(const std::vector<ggml_tenso
         if (loop_idx + 1 < states.size()) {
             ggml_tensor * logit = ggml_add(ctx0, ggml_mul_mat(ctx0, model.exit_gate, state), model.exit_gate_b);
             ggml_tensor * stay  = ggml_sigmoid(ctx0, ggml_neg(ctx0, logit)); // 1 - exit_t
-            remaining = remaining ? ggml_mul(ctx0, remaining, stay) : stay;
+            remaining           = remaining ? ggml_mul(ctx0, remaining, stay) : stay;
 
             ggml_tensor * still = ggml_step(ctx0, ggml_scale_bias(ctx0, remaining, 1.0f, looped.exit_threshold - 1.0f));
-            leaving = staying ? ggml_sub(ctx0, staying, still) : ggml_scale_bias(ctx0, still, -1.0f, 1.0f);
-            staying = still;
+            leaving             = staying ? ggml_sub(ctx0, staying, still) : ggml_scale_bias(ctx0, still, -1.0f, 1.0f);
+            staying             = still;
         }
 
         ggml_tensor * part = leaving ? ggml_mul(ctx0, state, leaving) : state;
-        cur = cur ? ggml_add(ctx0, cur, part) : part;
+        cur                = cur ? ggml_add(ctx0, cur, part) : part;
     }
     cb(cur, "exit_state", -1);
 
@@ -462,10 +465,10 @@ void llama_looped_limit_batch(const llama_hparams & hparams, llama_cparams & cpa
     cparams.n_ubatch = std::min(cparams.n_ubatch, chunk_size);
 
     const uint64_t n_batch = ((uint64_t) cparams.n_batch + cparams.n_ubatch - 1) / cparams.n_ubatch * cparams.n_ubatch;
-    cparams.n_batch = (uint32_t) std::min<uint64_t>(n_batch, std::max(cparams.n_ctx, cparams.n_batch));
+    cparams.n_batch        = (uint32_t) std::min<uint64_t>(n_batch, std::max(cparams.n_ctx, cparams.n_batch));
 
     if (cparams.n_ubatch < chunk_size && cparams.n_ubatch < cparams.n_ctx) {
         LLAMA_LOG_WARN("%s: prompts are cut into chunks of %u tokens (n_ubatch), the model was made for %u\n", __func__,
-                cparams.n_ubatch, chunk_size);
+                       cparams.n_ubatch, chunk_size);
     }
 }
