@@ -108,7 +108,7 @@ def _write(
     """Write the whole file: header, keys, tensor table, then each tensor's rows, block by block."""
     plans = plan_tensors(source, type, exit_gate=exit_gate, notes=report.notes)
     writer = GGUFWriter(None, config.model_type)
-    _add_config(writer, config, exit_gate=exit_gate)
+    add_config(writer, config, exit_gate=exit_gate)
     report.notes += write_tokenizer(writer, source)
     _add_sampling(writer, source)
     total = sum(plan.nbytes for plan in plans)
@@ -184,8 +184,8 @@ def _verify(
     report.verified = True
 
 
-def _add_config(writer: GGUFWriter, config: LoopConfig, *, exit_gate: bool) -> None:
-    """The keys of melt-spec section 3."""
+def add_config(writer: GGUFWriter, config: LoopConfig, *, exit_gate: bool) -> None:
+    """Write the keys that say what the model is: sizes, loops, and how its cache is shared."""
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -143,7 +143,7 @@ class LoopConfig:
         return self.num_hidden_layers * (1 if self.shares_kv else self.num_loops)
 
     def kv_bytes_per_token(self, bytes_per_value: float) -> float:
-        """Cache bytes per token for values of this size (2 for f16). Source: melt-spec, section 6."""
+        """Cache bytes per token for values of this size (2 for f16). Keys and values alike."""
         return self.cache_slots * 2 * self.num_key_value_heads * self.head_dim * bytes_per_value
 
     def with_loops(self, num_loops: int) -> LoopConfig:

@@ -270,7 +270,7 @@ def select_exit(states: Tensor, exit_probs: Tensor, threshold: float) -> Tensor:
     """The state of the loop at which each token leaves; all loops run all the same.
 
     remaining *= 1 - exit_t; loop t is read as soon as 1 - remaining >= threshold, the last loop takes
-    the rest. A threshold of 1 reads the last loop. Source: Ouro's released code (melt-spec, section 2).
+    the rest. A threshold of 1 reads the last loop. Source: Ouro's released code.
     Shapes: states (T, B, C, D), exit_probs (T, B, C) -> (B, C, D).
     """
     if threshold >= 1.0:

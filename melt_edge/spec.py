@@ -28,7 +28,7 @@ class TensorSpec:
 def tensor_specs(config: LoopConfig) -> dict[str, TensorSpec]:
     """All tensors of a checkpoint with this configuration, in the order of a token's path.
 
-    Shapes: as stored by torch, [out, in]. Source: melt-spec, section 2.
+    Shapes: as stored by torch, [out, in].
     """
     d, ff = config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * config.head_dim

@@ -132,7 +132,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 def kv_cache(config: LoopConfig) -> dict[str, Any]:
     """Cache bytes per token and at the full context, beside those of a cache with a row per loop.
 
-    Units: bytes, for f16 values unless the key names another type. Source: melt-spec, section 6.
+    Units: bytes, for f16 values unless the key names another type.
     """
     per_loop = 2.0 * config.kv_bytes_per_token(1) * (config.num_loops if config.shares_kv else 1)
     shared = 2.0 * config.kv_bytes_per_token(1) / (1 if config.shares_kv else config.num_loops)
