@@ -238,7 +238,7 @@ def accuracy_table(scores: dict[str, dict[str, Score]]) -> Table:
     table.add_column("problems")
     for name in scores:
         table.add_column(name)
-    for kind in next(iter(scores.values())):
+    for kind in sorted(next(iter(scores.values())), key=lambda kind: (kind == "all", kind)):
         table.add_row(kind, *(str(by_kind[kind]) for by_kind in scores.values()))
     return table
 
@@ -256,7 +256,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=defaults.threads)
     parser.add_argument("--problems", type=int, default=1400, help="held-out problems to measure on")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for path in (arguments.out, arguments.gguf):  # told now, not after the training
+        if path and path.exists() and not arguments.force:
+            parser.error(f"{path} is there already; name another or give --force")
+    return arguments
 
 
 def main() -> None:
