@@ -132,9 +132,12 @@ class Stopwatch:
 
 
 class _WarningLines(logging.Handler):
-    """Log records of the library as ``note:`` lines."""
+    """The library's own warnings as ``note:`` lines; llama.cpp's are about its defaults, not about the user's."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        if record.name.startswith("melt_edge.llama") and record.levelno < logging.ERROR:
+            return
         note(record.getMessage())
 
 

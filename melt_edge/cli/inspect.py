@@ -54,7 +54,7 @@ def _show(found: dict[str, Any]) -> None:
     mix = ", ".join(f"{entry['tensors']} {name}" for name, entry in found["types"].items())
     row("parameters", f"{human_count(found['parameters'])} ({found['parameters']:,})")
     row("weights", f"{human_bytes(found['file_bytes'])}, {found['bits_per_weight']} bits per weight")
-    row("tensors", f"{found['quantisation']}: {mix}" if found["quantisation"] else mix)
+    row("tensors", f"{found['quantisation']}: {mix}" if found["quantisation"] and "," in mix else mix)
     if "model" in found:
         _show_model(found["model"])
         _show_cache(found)

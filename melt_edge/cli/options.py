@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,14 +136,6 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def shipped_model(name: str) -> Path:
-    """The file of a model that comes with the package. Raises: FormatError if there is none of this name."""
-    path = _shipped(name)
-    if not path.is_file():
-        raise FormatError(f"{path}: missing, expected the model that comes with melt-edge; install the package again")
-    return path
-
-
 def model_file(path: Path) -> Path:
     """The path of a model file, or of the shipped model of that name.
 
@@ -158,18 +151,12 @@ def model_file(path: Path) -> Path:
         raise FormatError(f"{path}: is a folder, expected a .gguf file")
     if path.exists():
         return path
-    if len(path.parts) == 1 and not path.suffix and _shipped(path.name).is_file():
-        return _shipped(path.name)
+    if len(path.parts) == 1 and not path.suffix:
+        from melt_edge.models import shipped_model_path
+
+        with suppress(ConfigError):
+            return shipped_model_path(path.name)
     raise FormatError(f"{path}: no such file; expected a .gguf file written by melt-edge export gguf, or ouro-tiny")
-
-
-def _shipped(name: str) -> Path:
-    import melt_edge
-
-    # An editable install keeps sources and built files apart: look below each root.
-    roots = [Path(root) / "models" for root in melt_edge.__path__]
-    paths = [root / f"{name}.gguf" for root in roots]
-    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def read_text(path: Path, what: str) -> str:

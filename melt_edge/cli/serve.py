@@ -117,6 +117,16 @@ def make_app(model: Model, *, alias: str, api_key: str | None = None) -> Any:
         def load_llama_from_model_settings(settings: ModelSettings) -> Any:
             return model.llama
 
+        def __call__(self, name: str | None = None) -> Any:
+            """The one model, whatever name a request gives.
+
+            A MELT's result depends on how the tokens were cut into chunks: reusing the rows of the
+            request before would make the same request give another answer.
+            """
+            if model.info.architecture == "melt":
+                model.llama.reset()
+            return model.llama
+
         def free(self) -> None:
             """Nothing to free: `serve` closes the model."""
 
@@ -151,6 +161,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # whoever is told the address can connect at once
     except OSError as err:
         listener.close()
         raise ConfigError(
