@@ -281,3 +281,4 @@ def test_demo_answers_with_both_caches() -> None:
 def test_shipped_model_runs_by_name() -> None:
     found = json.loads(cli("run", "ouro-tiny", *ONE, "-p", "What is 2 + 3?", "--temp", "0", "--json").stdout)
     assert "5" in found["text"]
+    assert json.loads(cli("inspect", "ouro-tiny", "--json").stdout)["kv_cache"]["shared_between_loops"] is False

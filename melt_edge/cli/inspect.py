@@ -10,13 +10,13 @@ from rich.markup import escape
 
 from melt_edge.cli.console import human_bytes, human_count, out, print_json, row, safe
 from melt_edge.cli.describe import describe
-from melt_edge.cli.options import Debug, Json
+from melt_edge.cli.options import Debug, Json, model_file
 from melt_edge.errors import FormatError
 
 
 def inspect(
     path: Annotated[
-        Path, typer.Argument(metavar="FILE", show_default=False, help="A GGUF file or a checkpoint folder.")
+        Path, typer.Argument(metavar="FILE", show_default=False, help="A GGUF file, a checkpoint folder, or ouro-tiny.")
     ],
     as_json: Json = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor as well.")] = False,
@@ -34,7 +34,7 @@ def inspect(
       melt-edge inspect Ouro-1.4B-Thinking/
       melt-edge inspect ouro.gguf --json | jq .kv_cache
     """
-    found = describe(path)
+    found = describe(path if path.exists() else model_file(path))
     if as_json:
         print_json(found if tensors else {key: value for key, value in found.items() if key != "tensors"})
     else:
