@@ -109,7 +109,7 @@ def main() -> None:
             for name, model in models.items():
                 times[name].append(decode_ms(model, seed))
         result = {
-            "machine": f"{platform.processor() or platform.machine()}, {N_THREADS} threads",
+            "machine": f"{platform.machine()}, {N_THREADS} threads",
             "unix_time": int(time.time()),
             "decode_ms": {name: round(statistics.median(values), 2) for name, values in times.items()},
             "kv_bytes": {name: model.memory().kv_bytes for name, model in models.items()},
