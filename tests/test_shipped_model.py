@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
@@ -14,12 +15,14 @@ import melt_edge
 from melt_edge.checkpoint import load_model
 from melt_edge.config import LoopConfig
 from melt_edge.errors import ConfigError
+from melt_edge.export.quantize import quantize_gguf
 from melt_edge.export.share_kv import share_kv_gguf
 from melt_edge.modeling import LoopLM
 from melt_edge.models import shipped_model_path
 from melt_edge.models.demo_questions import DEMO_QUESTIONS
 from melt_edge.names import checkpoint_name
 from melt_edge.runtime.gguf_check import check_gguf, config_from_gguf
+from parity.reference import kl_divergence
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_tiny"
 MAX_TOKENS = 48
@@ -104,6 +107,27 @@ def test_demo_questions_are_held_out_and_answered(shipped: Path) -> None:
             told = model.chat([{"role": "user", "content": question}], temperature=0.0, max_tokens=MAX_TOKENS)
             assert told.text.strip() == answer
             assert told.finish_reason == "stop"
+
+
+# Mean KL divergence from the float32 file over the demo's questions and answers, in nats: about four times the larger
+# of the two caches' (f16 3.2e-7, q8_0 2.6e-4, q4_0 2.1e-2).
+KL_LIMITS = {"f16": 1.5e-6, "q8_0": 1e-3, "q4_0": 0.1}
+
+
+@pytest.mark.parametrize("file_type", KL_LIMITS)
+def test_smaller_files_stay_close(shipped: Path, tmp_path: Path, file_type: str) -> None:
+    """What a file type costs a trained model, with a row per loop and with one for all."""
+
+    def logits(path: Path) -> np.ndarray:
+        with melt_edge.load(path, n_threads=1, kv_type="f32", chunk_size=1) as model:
+            texts = [
+                model.render_chat([{"role": "user", "content": question}]) + answer + "<|im_end|>"
+                for question, answer in DEMO_QUESTIONS.items()
+            ]
+            return np.concatenate([model.logits(model.tokenize(text)) for text in texts])
+
+    smaller = quantize_gguf(shipped, tmp_path / "smaller.gguf", file_type)
+    assert 0 < kl_divergence(logits(smaller), logits(shipped)) < KL_LIMITS[file_type]
 
 
 def test_accuracy_on_held_out_problems(shipped: Path) -> None:
