@@ -153,7 +153,6 @@ TOKENIZER_KEYS = {
 # std::regex recurse once per character, so that a long prompt can overflow the stack. True: adds bos by itself.
 PRE_TOKENIZERS = {
     "smollm": False,
-    "default": False,
     "gpt-2": False,
     "starcoder": False,
     "refact": False,
@@ -162,7 +161,6 @@ PRE_TOKENIZERS = {
     "minerva-7b": False,
     "mpt": False,
     "olmo": False,
-    "falcon": False,
     "qwen2": False,
     "stablelm2": False,
     "dbrx": False,
