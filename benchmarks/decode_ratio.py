@@ -22,7 +22,7 @@ import numpy as np
 
 import melt_edge
 from melt_edge.config import LoopConfig
-from melt_edge.export.gguf import add_config
+from melt_edge.export.metadata import add_config
 from melt_edge.names import gguf_name
 from melt_edge.spec import tensor_specs
 
