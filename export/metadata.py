@@ -17,6 +17,7 @@ from melt_edge.checkpoint import Checkpoint
 from melt_edge.config import LoopConfig
 from melt_edge.errors import ConfigError
 from melt_edge.export.tensors import DIRECT_TYPES
+from melt_edge.runtime.gguf_keys import GENERAL_KEYS
 from melt_edge.spec import tensor_specs
 
 _SAMPLING_KEYS = {
@@ -53,15 +54,25 @@ def add_config(writer: GGUFWriter, config: LoopConfig, *, exit_gate: bool) -> No
 
 
 def add_sampling(writer: GGUFWriter, source: Checkpoint) -> None:
-    """Sampling defaults of generation_config.json under the keys llama.cpp's tools read."""
+    """Sampling defaults of generation_config.json under the keys llama.cpp's tools read.
+
+    Raises: ConfigError for a value that the check of the file would refuse once it is written.
+    """
     for key, name in _SAMPLING_KEYS.items():
         value = source.generation_config.get(key)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ConfigError(f"{source.path / 'generation_config.json'}: key {key!r} is {value!r}, expected a number")
-        if name == "top_k":
-            writer.add_int32("general.sampling.top_k", int(value))
+        rule = GENERAL_KEYS[f"sampling.{name}"]
+        whole = name == "top_k"
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and rule.in_range(value)
+        if not number or (whole and value != int(value)):
+            kind = "a whole number" if whole else "a number"
+            raise ConfigError(
+                f"{source.path / 'generation_config.json'}: key {key!r} is {value!r:.80}, "
+                f"expected {kind} from {rule.range_text}; correct or remove it"
+            )
+        if whole:
+            writer.add_int32(f"general.sampling.{name}", int(value))
         else:
             writer.add_float32(f"general.sampling.{name}", float(value))
 

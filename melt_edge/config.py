@@ -6,7 +6,6 @@ The only place that knows Hugging Face key names; reads no tensors.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +19,13 @@ KV_GATE_INITS = ("zeros", "input")
 MAX_LOOPS = 64
 # llama.cpp's LLAMA_MAX_LAYERS: Ouro takes one of its layer slots per (loop, layer).
 MAX_SLOTS = 512
+# key -> (lowest, highest). The check of a GGUF file takes them from here. At most six digits each, so that
+# a value between them is still between them as a float32.
+REAL_LIMITS = {
+    "rms_norm_eps": (1e-12, 0.099),
+    "rope_theta": (1.001, 1e30),
+    "early_exit_threshold": (1e-6, 1.0),
+}
 # The chunk the MELT paper trains with (arXiv 2605.07721); a file without one gets it.
 DEFAULT_CHUNK_SIZE = 500
 
@@ -91,24 +97,9 @@ class LoopConfig:
             self.num_hidden_layers,
             f"at most {MAX_SLOTS} cache slots in all (found {self.cache_slots})",
         )
-        _require(
-            _is_real(self.rms_norm_eps) and 0.0 < self.rms_norm_eps < 0.1,
-            "rms_norm_eps",
-            self.rms_norm_eps,
-            "a number between 0 and 0.1",
-        )
-        _require(
-            _is_real(self.rope_theta) and self.rope_theta > 1.0,
-            "rope_theta",
-            self.rope_theta,
-            "a finite number above 1",
-        )
-        _require(
-            _is_real(self.early_exit_threshold) and 0.0 < self.early_exit_threshold <= 1.0,
-            "early_exit_threshold",
-            self.early_exit_threshold,
-            "a number above 0 and at most 1",
-        )
+        for key, (low, high) in REAL_LIMITS.items():
+            value = getattr(self, key)
+            _require(_is_real(value) and low <= value <= high, key, value, f"a number from {low:g} to {high:g}")
         _require(self.hidden_act == "silu", "hidden_act", self.hidden_act, "silu")
         _require(self.kv_gate in KV_GATES, "kv_gate", self.kv_gate, " or ".join(KV_GATES))
         _require(self.kv_gate_init in KV_GATE_INITS, "kv_gate_init", self.kv_gate_init, " or ".join(KV_GATE_INITS))
@@ -259,7 +250,7 @@ def _fields_from_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def _require(ok: bool, key: str, found: object, expected: str) -> None:
     if not ok:
-        raise ConfigError(f"key {key!r} is {found!r}, expected {expected}")
+        raise ConfigError(f"key {key!r} is {found!r:.80}, expected {expected}")
 
 
 def _is_int(value: object) -> bool:
@@ -267,4 +258,4 @@ def _is_int(value: object) -> bool:
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

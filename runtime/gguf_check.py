@@ -6,7 +6,6 @@ here from the header and the tensor table; the tensor data is left to llama.cpp'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -222,11 +221,8 @@ def _check_value(info: GGUFInfo, key: str, rule: KeyRule) -> None:
         if value not in rule.choices:
             choices = " or ".join(map(_show, rule.choices))
             raise ConfigError(f"{info.path}: key {key!r} is {_show(value)}, expected {choices}")
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        low = -math.inf if rule.low is None else rule.low
-        high = math.inf if rule.high is None else rule.high
-        if not math.isfinite(value) or not low <= value <= high:
-            raise ConfigError(f"{info.path}: key {key!r} is {value}, expected {low:g} to {high:g}")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and not rule.in_range(value):
+        raise ConfigError(f"{info.path}: key {key!r} is {value}, expected {rule.range_text}")
 
 
 def _check_template(info: GGUFInfo, key: str) -> None:

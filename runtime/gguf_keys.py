@@ -5,9 +5,10 @@ Only declarations; gguf_check applies them. A key that llama.cpp would read and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from melt_edge.config import KV_GATE_INITS, KV_GATES, MAX_LOOPS, MAX_SLOTS
+from melt_edge.config import KV_GATE_INITS, KV_GATES, MAX_LOOPS, MAX_SLOTS, REAL_LIMITS
 from melt_edge.runtime.gguf_file import MetaValue
 
 MAX_I32 = 2**31 - 1
@@ -28,9 +29,31 @@ class KeyRule:
     high: float | None = None
     choices: tuple[MetaValue, ...] | None = None
 
+    def in_range(self, value: float) -> bool:
+        """True for a finite number from low to high; 7 digits count, so that a limit's float32 is the limit."""
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                return False
+            value = float(f"{value:.7g}")
+        return (self.low is None or self.low <= value) and (self.high is None or value <= self.high)
+
+    @property
+    def range_text(self) -> str:
+        """The range as an error message gives it."""
+        low = -math.inf if self.low is None else self.low
+        high = math.inf if self.high is None else self.high
+        return f"{low:.10g} to {high:.10g}"
+
 
 _SIZE = KeyRule("u32", required=True, low=1, high=MAX_I32)
 _OPTIONAL_SIZE = KeyRule("u32", low=1, high=MAX_I32)
+
+
+def _real(key: str, *, required: bool = False) -> KeyRule:
+    """The rule of a real number whose range config.json's key has."""
+    low, high = REAL_LIMITS[key]
+    return KeyRule("f32", required=required, low=low, high=high)
+
 
 # Keys below "{arch}.". Those that are not required have llama.cpp's defaults.
 ARCH_KEYS = {
@@ -43,10 +66,10 @@ ARCH_KEYS = {
     "attention.head_count_kv": _OPTIONAL_SIZE,
     "attention.key_length": _OPTIONAL_SIZE,
     "attention.value_length": _OPTIONAL_SIZE,
-    "attention.layer_norm_rms_epsilon": KeyRule("f32", required=True, low=1e-12, high=0.1),
+    "attention.layer_norm_rms_epsilon": _real("rms_norm_eps", required=True),
     "rope.dimension_count": _OPTIONAL_SIZE,
-    "rope.freq_base": KeyRule("f32", required=True, low=1.001, high=1e30),
-    "exit_threshold": KeyRule("f32", low=1e-6, high=1.0),
+    "rope.freq_base": _real("rope_theta", required=True),
+    "exit_threshold": _real("early_exit_threshold"),
     "vocab_size": _OPTIONAL_SIZE,
     # What llama.cpp's own model saver writes for things these architectures do not have.
     "attention.causal": KeyRule("bool", choices=(True,)),

@@ -51,6 +51,8 @@ def file_defaults(metadata: Mapping[str, Any], *, source: str) -> SamplingParams
             # llama.cpp writes -1 for "all" where 0 means the same to its samplers.
             if name in ("top_k", "repeat_last_n") and value == -1:
                 value = 0
+            if isinstance(value, float):  # 7 digits: 0.7, not its float32 neighbour
+                value = float(f"{value:.7g}")
             params = _with(params, name, value, f"{source}: key {key!r}")
     return params
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -16,14 +17,16 @@ import gguf
 import numpy as np
 import pytest
 
+import melt_edge
 from conftest import MakeCheckpoint
 from melt_edge.checkpoint import Checkpoint, save_checkpoint
-from melt_edge.config import LoopConfig
+from melt_edge.config import REAL_LIMITS, LoopConfig
 from melt_edge.errors import ConfigError, FormatError, ParityError, SpecError
 from melt_edge.export import verify
 from melt_edge.export.gguf import export_gguf
 from melt_edge.names import checkpoint_name
 from melt_edge.runtime.gguf_check import check_gguf, config_from_gguf
+from melt_edge.runtime.gguf_keys import GENERAL_KEYS, KeyRule
 from melt_edge.spec import tensor_specs
 from tiny import CHAT_TEMPLATE, tiny_checkpoint, tiny_config, tiny_tensors
 
@@ -214,6 +217,64 @@ def test_nothing_is_written_for_a_bad_checkpoint(tmp_path: Path) -> None:
     (folder / "tokenizer.json").unlink()
     assert out.read_bytes() == b"old"
     assert sorted(os.listdir(tmp_path)) == ["m.gguf", "model"]
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("top_k", "3e9"),
+        ("top_k", "40.5"),
+        ("top_k", "1" + "0" * 400),
+        ("top_p", "1.01"),
+        ("temperature", "1e300"),
+        ("temperature", "-1"),
+        ("temperature", "NaN"),
+        ("temperature", '"hot"'),
+        ("repetition_penalty", "0"),
+    ],
+)
+def test_sampling_values_are_checked_before_anything_is_written(tmp_path: Path, key: str, text: str) -> None:
+    """Was a struct.error, an OverflowError, or a refusal of the whole written file under its temporary name."""
+    folder = tiny_checkpoint(tmp_path / "model", tiny_config("ouro"))
+    (folder / "generation_config.json").write_text(f'{{"{key}": {text}}}')
+    seen: list[int] = []
+    with pytest.raises(ConfigError, match=rf"generation_config\.json: key '{key}' is .*, expected a .*number from"):
+        export_gguf(folder, tmp_path / "m.gguf", progress=lambda done, total, what: seen.append(done))
+    assert (os.listdir(tmp_path), seen) == (["model"], [])
+
+
+def test_configuration_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    """Was written in full, and then refused with the GGUF key and the temporary name."""
+    folder = tiny_checkpoint(tmp_path / "model", tiny_config("ouro"))
+    config = json.loads((folder / "config.json").read_text())
+    for key, (low, high) in REAL_LIMITS.items():
+        for value in (low * 0.9, high * 1.1, 10**400):
+            (folder / "config.json").write_text(json.dumps({**config, key: value}))
+            with pytest.raises(ConfigError, match=rf"config\.json: key '{key}' is .*, expected a number from"):
+                export_gguf(folder, tmp_path / "m.gguf")
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["lowest", "highest"])
+def test_the_limits_themselves_make_a_file_that_loads(tmp_path: Path, end: int) -> None:
+    """0.01 and 1e-12 become float32 numbers below themselves, which the check of the file must not refuse."""
+    limits = {key: both[end] for key, both in REAL_LIMITS.items()}
+    folder = tiny_checkpoint(tmp_path / "model", tiny_config("ouro", **limits))
+    sampling = {key: (rule.low, rule.high)[end] for key, rule in sampling_rules().items()}
+    (folder / "generation_config.json").write_text(json.dumps(sampling))
+    export_gguf(folder, tmp_path / "m.gguf", type="f32", verify=False)
+    info = check_gguf(tmp_path / "m.gguf")
+    config = config_from_gguf(info)
+    assert {key: getattr(config, key) for key in limits} == limits
+    with melt_edge.load(tmp_path / "m.gguf", n_threads=1) as model:
+        assert model.sampling_defaults.repeat_penalty == sampling["repetition_penalty"]
+
+
+def sampling_rules() -> dict[str, KeyRule]:
+    """generation_config.json's keys and what the check of a file says of each."""
+    names = {"temperature": "temp", "repetition_penalty": "penalty_repeat"}
+    keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return {key: GENERAL_KEYS[f"sampling.{names.get(key, key)}"] for key in keys}
 
 
 def test_a_value_that_the_type_cannot_hold(tmp_path: Path) -> None:
