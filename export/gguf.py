@@ -105,7 +105,7 @@ def _write(
     total = sum(plan.nbytes for plan in plans)
     _check_disk(path, total)
     sha256 = source.scan(None if progress is None else lambda done, size: progress(done, size, "checking"))
-    add_provenance(writer, source, config, type, sha256)
+    report.notes += add_provenance(writer, source, config, type, sha256)
     for plan in plans:
         writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.float32), plan.nbytes, raw_dtype=plan.type)
     writer.write_header_to_file(path)

@@ -17,7 +17,7 @@ from melt_edge.checkpoint import Checkpoint
 from melt_edge.config import LoopConfig
 from melt_edge.errors import ConfigError
 from melt_edge.export.tensors import DIRECT_TYPES
-from melt_edge.runtime.gguf_keys import GENERAL_KEYS
+from melt_edge.runtime.gguf_keys import GENERAL_KEYS, INTERPRETED_NAMES
 from melt_edge.spec import tensor_specs
 
 _SAMPLING_KEYS = {
@@ -77,9 +77,10 @@ def add_sampling(writer: GGUFWriter, source: Checkpoint) -> None:
             writer.add_float32(f"general.sampling.{name}", float(value))
 
 
-def add_provenance(writer: GGUFWriter, source: Checkpoint, config: LoopConfig, type: str, sha256: str) -> None:
-    """Where the file comes from; no path of the machine that made it."""
-    name = _source_name(source.path)
+def add_provenance(writer: GGUFWriter, source: Checkpoint, config: LoopConfig, type: str, sha256: str) -> list[str]:
+    """Where the file comes from, no path of the machine that made it; returns notes on what was changed."""
+    source_name = _source_name(source.path)
+    name = harmless_name(source_name)
     n_params = sum(math.prod(spec.shape) for spec in tensor_specs(config).values())
     _, file_type = DIRECT_TYPES[type]
     writer.add_name(name)
@@ -89,10 +90,20 @@ def add_provenance(writer: GGUFWriter, source: Checkpoint, config: LoopConfig, t
     license_name = _license(source.path)
     if license_name:
         writer.add_license(license_name)
-    writer.add_string("general.source", name)
+    writer.add_string("general.source", source_name)
     writer.add_string("melt_edge.source_sha256", sha256)
     writer.add_string("melt_edge.version", __version__)
     writer.add_string("melt_edge.gguf_version", importlib.metadata.version("gguf"))
+    if name == source_name:
+        return []
+    return [f"the model is named {name} in the file: llama.cpp takes a model named {source_name} for another one"]
+
+
+def harmless_name(name: str) -> str:
+    """The name without the words that llama.cpp's tokenizer takes for those of other models."""
+    for word, instead in INTERPRETED_NAMES.items():
+        name = re.sub(re.escape(word), instead, name, flags=re.IGNORECASE)
+    return name
 
 
 def _source_name(path: Path) -> str:

@@ -239,7 +239,7 @@ def _check_name(info: GGUFInfo) -> None:
         if word in name:
             raise ConfigError(
                 f"{info.path}: key 'general.name' contains {word!r}, "
-                "from which llama.cpp derives another tokenizer; export the file under another name"
+                "from which llama.cpp derives another tokenizer; export the checkpoint again, which writes another name"
             )
 
 

@@ -129,8 +129,9 @@ GENERAL_KEYS = {
     "sampling.mirostat_tau": KeyRule("number", low=0, high=1000),
     "sampling.mirostat_eta": KeyRule("number", low=0, high=1000),
 }
-# Names that make llama.cpp change the tokens' attributes, or throw if its own tokens are missing.
-INTERPRETED_NAMES = ("phi-3", "phi3", "modern-bert")
+# Words in general.name that make llama.cpp change the tokens' attributes, or throw if tokens of its own are
+# missing, and what the exporter writes instead.
+INTERPRETED_NAMES = {"phi-3": "phi_3", "phi3": "phi_3", "modern-bert": "modern_bert"}
 
 _TOKEN_ID = KeyRule("u32", low=0, high=MAX_I32)
 TOKENIZER_KEYS = {

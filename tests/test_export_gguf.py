@@ -26,7 +26,7 @@ from melt_edge.export import verify
 from melt_edge.export.gguf import export_gguf
 from melt_edge.names import checkpoint_name
 from melt_edge.runtime.gguf_check import check_gguf, config_from_gguf
-from melt_edge.runtime.gguf_keys import GENERAL_KEYS, KeyRule
+from melt_edge.runtime.gguf_keys import GENERAL_KEYS, INTERPRETED_NAMES, KeyRule
 from melt_edge.spec import tensor_specs
 from tiny import CHAT_TEMPLATE, tiny_checkpoint, tiny_config, tiny_tensors
 
@@ -104,6 +104,19 @@ def test_template_sampling_defaults_and_provenance_go_in(tmp_path: Path) -> None
     weights = (folder / "model.safetensors").read_bytes()
     assert keys["melt_edge.source_sha256"] == hashlib.sha256(weights).hexdigest()
     assert str(tmp_path) not in str(keys)
+
+
+@pytest.mark.parametrize("word", list(INTERPRETED_NAMES))
+def test_a_folder_named_like_another_model_is_exported(tmp_path: Path, word: str) -> None:
+    """Was refused with the whole file written, and no other file name helped."""
+    folder = tiny_checkpoint(tmp_path / f"Melt-{word.title()}-1B", tiny_config("melt"))
+    report = export_gguf(folder, tmp_path / "m.gguf", type="f32", verify=False)
+    keys, _, _ = read(tmp_path / "m.gguf")
+    assert keys["general.name"] == f"Melt-{INTERPRETED_NAMES[word]}-1B"
+    assert keys["general.source"] == folder.name
+    assert any(keys["general.name"] in note and folder.name in note for note in report.notes)
+    with melt_edge.load(tmp_path / "m.gguf", n_threads=1) as model:
+        assert model.info.name == keys["general.name"]
 
 
 def test_share_kv_writes_an_ouro_as_a_melt_without_a_gate(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
