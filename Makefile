@@ -13,7 +13,7 @@ SETUP_INPUTS := pyproject.toml constraints.txt CMakeLists.txt cpp/CMakeLists.txt
 PIP          := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST       := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-upstream test-fast lint format tools upstream-tests wheel clean
+.PHONY: help setup demo test test-upstream test-fast bench bench-check lint format tools upstream-tests wheel clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,12 @@ test-upstream: upstream-tests ## upstream's own tests on the patched library, fo
 
 test-fast: setup ## the tests that take seconds
 	$(PYTEST) -m "not slow"
+
+bench: setup ## time decoding at the 1.6 B shape (minutes, 2 GB) and write benchmarks/results
+	$(BIN)/python benchmarks/decode_ratio.py --json benchmarks/results/decode_ratio.json
+
+bench-check: setup ## the same measurement; fails if the loops cost more than the limits allow
+	$(BIN)/python benchmarks/decode_ratio.py --check
 
 lint: setup ## ruff and mypy on the Python, clang-format on our C++
 	$(BIN)/ruff check .
