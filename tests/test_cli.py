@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -173,6 +174,26 @@ def test_inspect_json_of_a_file(melt_file: Path) -> None:
     assert found["chat_template"] is True
     assert found["tokenizer"]["tokens"] == 301
     assert "tensors" not in found
+
+
+def test_inspect_json_of_values_that_are_no_numbers(tmp_path: Path) -> None:
+    """llama.cpp's model saver writes -inf for a limit that is off; the command ended in a ValueError."""
+    path = tmp_path / "saved.gguf"
+    writer = GGUFWriter(path, "melt")
+    values = {"-inf": -math.inf, "inf": math.inf, "nan": math.nan}
+    for name, value in values.items():
+        writer.add_float32(f"melt.limit.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    result = cli("inspect", path, "--json")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    metadata = json.loads(result.stdout, parse_constant=refuse)["metadata"]
+    assert {name: metadata[f"melt.limit.{name}"] for name in values} == {name: name for name in values}
 
 
 def test_inspect_checkpoint_and_file_agree(melt_checkpoint: Path, melt_file: Path) -> None:

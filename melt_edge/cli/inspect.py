@@ -26,7 +26,8 @@ def inspect(
 
     Reads headers only, so a large file takes no longer than a small one. Of a
     checkpoint folder every tensor's name, shape and type is checked against
-    config.json. Exit code 1 if melt-edge would refuse the file.
+    config.json. Exit code 1 if melt-edge would refuse the file. With --json a
+    value that is no finite number is the text "inf", "-inf" or "nan".
 
     Examples:
 
