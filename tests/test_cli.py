@@ -97,6 +97,7 @@ def test_the_command_line_imports_nothing_heavy() -> None:
         (["run", "m.gguf", "--foo"], "--foo"),
         (["run", "m.gguf", "-p", "x", "--loops", "65"], "--loops"),
         (["run", "m.gguf", "-p", "x", "--file", "y"], "not both"),
+        (["run", "m.gguf", "-p", "x", "--load-state", "s", "--system", "y"], "--system cannot go with --load-state"),
         (["export", "gguf", "a", "b", "--chunk-size", "0"], "--chunk-size"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -100,6 +100,8 @@ def run(
       melt-edge run melt.gguf -p "Two primes" --json-schema s.json --json
     """
     show_library_warnings()
+    if load_state is not None and system is not None:
+        raise typer.BadParameter("--system cannot go with --load-state: the saved state has its system message already")
     text = _prompt_text(prompt, file)
     options = given(
         max_tokens=max_tokens,
