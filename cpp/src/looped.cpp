@@ -11,45 +11,9 @@
 #include <cmath>
 #include <stdexcept>
 
-static constexpr uint32_t LLAMA_LOOPED_MAX_LOOPS = 64;
-
 //
 // hparams
 //
-
-// An unsigned key in [1, max]. The range is checked before the value is narrowed: an override is an int64.
-static uint32_t looped_get_uint(llama_model_loader & ml, enum llm_kv kid, uint32_t max, bool required,
-                                uint32_t missing) {
-    const std::string key = ml.llm_kv(kid);
-
-    int64_t value = missing;
-
-    const auto it = ml.kv_overrides.find(key);
-    if (it != ml.kv_overrides.end() && it->second.tag == LLAMA_KV_OVERRIDE_TYPE_INT) {
-        value = it->second.val_i64;
-    } else {
-        uint32_t file_value = missing;
-        ml.get_key(kid, file_value, required);
-        value = file_value;
-    }
-
-    if (value < 1 || value > (int64_t) max) {
-        throw std::runtime_error(format("%s is %lld, expected 1 to %u", key.c_str(), (long long) value, max));
-    }
-
-    return (uint32_t) value;
-}
-
-static bool looped_get_choice(llama_model_loader & ml, enum llm_kv kid, const char * yes, const char * no) {
-    std::string value;
-    ml.get_key(kid, value);
-    if (value != yes && value != no) {
-        throw std::runtime_error(
-            format("%s is '%s', expected '%s' or '%s'", std::string(ml.llm_kv(kid)).c_str(), value.c_str(), yes, no));
-    }
-
-    return value == yes;
-}
 
 static void looped_require(llama_model_loader & ml, bool ok, enum llm_kv kid, const char * expected) {
     if (!ok) {
@@ -58,19 +22,24 @@ static void looped_require(llama_model_loader & ml, bool ok, enum llm_kv kid, co
     }
 }
 
+void llama_model_looped::load_hparams(llama_model_loader & ml) {
+    llama_looped_check_keys(ml); // first: what follows asserts on some values
+    llama_model_base::load_hparams(ml);
+}
+
+void llama_model_looped::load_vocab(llama_model_loader & ml) {
+    llama_looped_check_vocab(ml);
+    llama_model_base::load_vocab(ml);
+}
+
+// llama_looped_check_keys has seen each key by itself; here they are compared with each other.
 void llama_model_looped::load_arch_hparams(llama_model_loader & ml) {
     llama_looped_hparams & looped = hparams.looped;
 
     ml.get_key(LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, hparams.f_norm_rms_eps);
+    ml.get_key(LLM_KV_ROPE_FREQ_BASE, hparams.rope_freq_base_train);
     ml.get_key(LLM_KV_EXIT_THRESHOLD, looped.exit_threshold, false);
-
-    // comparisons are written so that NaN fails them
-    looped_require(ml, hparams.f_norm_rms_eps > 0.0f && hparams.f_norm_rms_eps < 0.1f,
-                   LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, "a number between 0 and 0.1");
-    looped_require(ml, hparams.rope_freq_base_train > 1.0f && std::isfinite(hparams.rope_freq_base_train),
-                   LLM_KV_ROPE_FREQ_BASE, "a finite number above 1");
-    looped_require(ml, looped.exit_threshold > 0.0f && looped.exit_threshold <= 1.0f, LLM_KV_EXIT_THRESHOLD,
-                   "a number above 0 and at most 1");
+    ml.get_key(LLM_KV_NUM_LOOPS, looped.n_loops);
 
     const uint32_t n_head      = hparams.n_head();
     const uint32_t n_head_kv   = hparams.n_head_kv();
@@ -82,28 +51,19 @@ void llama_model_looped::load_arch_hparams(llama_model_loader & ml) {
     looped_require(ml, n_embd_head > 0 && n_embd_head % 2 == 0, LLM_KV_ATTENTION_KEY_LENGTH, "an even number");
     looped_require(ml, n_embd_head == hparams.n_embd_head_v(), LLM_KV_ATTENTION_VALUE_LENGTH, "the key length");
     looped_require(ml, n_embd_head == hparams.n_rot(), LLM_KV_ROPE_DIMENSION_COUNT, "the key length");
-    looped_require(ml, hparams.n_embd > 0, LLM_KV_EMBEDDING_LENGTH, "at least 1");
     looped_require(ml, hparams.n_ff() > 0, LLM_KV_FEED_FORWARD_LENGTH, "at least 1");
-    looped_require(ml, hparams.n_ctx_train > 0, LLM_KV_CONTEXT_LENGTH, "at least 1");
-    looped_require(ml, hparams.causal_attn, LLM_KV_ATTENTION_CAUSAL, "true");
-    looped_require(ml, hparams.n_expert == 0, LLM_KV_EXPERT_COUNT, "no experts");
-    looped_require(ml, hparams.n_layer_nextn == 0, LLM_KV_NEXTN_PREDICT_LAYERS, "none");
-    looped_require(ml, hparams.rope_freq_scale_train == 1.0f, LLM_KV_ROPE_SCALING_FACTOR, "no rope scaling");
 
-    for (uint32_t il = 1; il < hparams.n_layer(); ++il) {
-        looped_require(ml, hparams.n_head(il) == n_head && hparams.n_head_kv(il) == n_head_kv,
-                       LLM_KV_ATTENTION_HEAD_COUNT, "the same in every layer");
-        looped_require(ml, hparams.n_ff(il) == hparams.n_ff(), LLM_KV_FEED_FORWARD_LENGTH, "the same in every layer");
-    }
-
-    looped.n_loops      = looped_get_uint(ml, LLM_KV_NUM_LOOPS, LLAMA_LOOPED_MAX_LOOPS, true, 0);
     looped.n_layer_phys = hparams.n_layer();
 
     if (arch == LLM_ARCH_MELT) {
         // one cache slot per layer, written again by every loop
-        looped.chunk_size         = looped_get_uint(ml, LLM_KV_CHUNK_SIZE, INT32_MAX, true, 0);
-        looped.kv_gate            = looped_get_choice(ml, LLM_KV_KV_GATE, "elementwise", "none");
-        looped.kv_gate_init_input = looped_get_choice(ml, LLM_KV_KV_GATE_INIT, "input", "zeros");
+        std::string kv_gate;
+        std::string kv_gate_init;
+        ml.get_key(LLM_KV_CHUNK_SIZE, looped.chunk_size);
+        ml.get_key(LLM_KV_KV_GATE, kv_gate);
+        ml.get_key(LLM_KV_KV_GATE_INIT, kv_gate_init);
+        looped.kv_gate            = kv_gate == "elementwise";
+        looped.kv_gate_init_input = kv_gate_init == "input";
     } else {
         // one cache slot per (loop, layer): the cache is made for n_layer_all layers
         const uint64_t n_slots = (uint64_t) looped.n_loops * looped.n_layer_phys;

@@ -10,11 +10,15 @@
 struct llama_cparams;
 struct llama_model_saver;
 
+static constexpr uint32_t LLAMA_LOOPED_MAX_LOOPS = 64;
+
 // Both architectures; they differ in hparams.looped, which the file's keys fill.
 struct llama_model_looped : public llama_model_base {
     llama_model_looped(const struct llama_model_params & params) : llama_model_base(params) {}
 
-    // throws std::runtime_error naming the key for every value that the graph cannot take
+    // these throw std::runtime_error naming the key for every value that the graph cannot take
+    void load_hparams(llama_model_loader & ml) override;
+    void load_vocab(llama_model_loader & ml) override;
     void load_arch_hparams(llama_model_loader & ml) override;
     void load_arch_tensors(llama_model_loader & ml) override;
 
@@ -30,6 +34,12 @@ struct llama_model_ouro : public llama_model_looped {
 struct llama_model_melt : public llama_model_looped {
     llama_model_melt(const struct llama_model_params & params) : llama_model_looped(params) {}
 };
+
+// throws std::runtime_error naming the first key, of the file or an override, that the architecture cannot have
+void llama_looped_check_keys(const llama_model_loader & ml);
+
+// the same for what the vocabulary asserts on, or what leaves it without a byte's token
+void llama_looped_check_vocab(llama_model_loader & ml);
 
 // an upper bound on the nodes of the graph, LoRA adapters included
 uint32_t llama_looped_max_nodes(const llama_model & model);
