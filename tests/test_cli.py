@@ -112,6 +112,16 @@ def test_missing_file(command: list[str], tmp_path: Path) -> None:
     assert_one_line_error(cli(command[0], path, *command[1:]), 1, str(path), "no such file", ".gguf")
 
 
+def test_run_checks_the_state_to_write_before_it_loads_the_model(tmp_path: Path) -> None:
+    """Was refused only after the answer, which was then not kept; the model here does not even exist."""
+    state = tmp_path / "state"
+    state.write_bytes(b"precious")
+    run = ("run", tmp_path / "none.gguf", "-p", "x", "--save-state")
+    assert_one_line_error(cli(*run, state), 1, str(state), "not overwritten")
+    assert_one_line_error(cli(*run, tmp_path / "no" / "state"), 1, "its folder does not exist")
+    assert state.read_bytes() == b"precious"
+
+
 def test_checkpoint_folder_is_told_how_to_export(melt_checkpoint: Path) -> None:
     result = cli("run", melt_checkpoint, "-p", "x")
     assert_one_line_error(result, 1, f"melt-edge export gguf {melt_checkpoint}")

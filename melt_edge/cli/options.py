@@ -159,6 +159,14 @@ def model_file(path: Path) -> Path:
     raise FormatError(f"{path}: no such file; expected a .gguf file written by melt-edge export gguf, or ouro-tiny")
 
 
+def check_new_file(path: Path) -> None:
+    """Raises: ConfigError for a file to write at the end that could not be written now, before the work begins."""
+    if path.exists() or path.is_symlink():
+        raise ConfigError(f"{path}: exists already and is not overwritten; choose another path")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: its folder does not exist; create {path.parent} first")
+
+
 def read_text(path: Path, what: str) -> str:
     """The UTF-8 text of a file the user named. Raises: ConfigError naming the file."""
     try:

@@ -29,6 +29,7 @@ from melt_edge.cli.options import (
     Threads,
     TopK,
     TopP,
+    check_new_file,
     given,
     open_model,
     option,
@@ -102,6 +103,8 @@ def run(
     show_library_warnings()
     if load_state is not None and system is not None:
         raise typer.BadParameter("--system cannot go with --load-state: the saved state has its system message already")
+    if save_state is not None:
+        check_new_file(save_state)
     text = _prompt_text(prompt, file)
     options = given(
         max_tokens=max_tokens,
