@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pty
@@ -13,12 +14,16 @@ import sys
 import tempfile
 import time
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import melt_edge
+from melt_edge.cli.chat import Conversation
+from melt_edge.runtime.sampling import ChainSampler
 from test_cli import assert_one_line_error, cli
 from tiny import tiny_config
 
@@ -171,6 +176,32 @@ def test_chat_answers_each_line_of_a_pipe(melt_gguf: Path) -> None:
     assert result.stdout == 2 * once.stdout
     assert "/reset" in result.stderr
     assert "no command /nonsense" in result.stderr
+
+
+def test_an_answer_left_half_way_leaves_nothing_behind(melt_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a piece is printed: the stream's sampler is gone, and the next question is answered."""
+    samplers: list[weakref.ref[ChainSampler]] = []
+
+    class Watched(ChainSampler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            samplers.append(weakref.ref(self))
+
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("melt_edge.runtime.llama.ChainSampler", Watched)
+    with melt_edge.load(melt_gguf, n_threads=1) as model:
+        conversation = Conversation(None)
+        with monkeypatch.context() as patch:
+            patch.setattr("melt_edge.cli.generation.write_text", interrupt)
+            conversation.ask(model, "Hello", {"max_tokens": 20, "seed": 1})
+        gc.collect()
+        assert samplers
+        assert not any(sampler() for sampler in samplers)
+        assert len(conversation.turns) == 2  # what had been written is kept
+        conversation.ask(model, "Go on", {"max_tokens": 5, "seed": 1})
+        assert len(conversation.turns) == 4
 
 
 def test_chat_on_a_terminal(long_melt: Path) -> None:

@@ -36,17 +36,12 @@ def start_answer(model: Model, text: str, *, system: str | None, raw: bool, opti
 def print_stream(pieces: Iterator[str], written: list[str] | None = None) -> str:
     """Write the pieces as they come and return the whole text; ``written`` has them also when it is cut short.
 
-    Closes the iterator on Ctrl-C and on a closed pipe, so that the model stops computing.
+    A stream computes only while it is read: one left half-way by Ctrl-C or a closed pipe needs no closing.
     """
     written = [] if written is None else written
-    try:
-        for piece in pieces:
-            written.append(piece)
-            write_text(piece)
-    finally:
-        close = getattr(pieces, "close", None)
-        if close is not None:
-            close()
+    for piece in pieces:
+        written.append(piece)
+        write_text(piece)
     return "".join(written)
 
 
