@@ -20,11 +20,12 @@ MAX_LOOPS = 64
 # llama.cpp's LLAMA_MAX_LAYERS: Ouro takes one of its layer slots per (loop, layer).
 MAX_SLOTS = 512
 # key -> (lowest, highest). The check of a GGUF file takes them from here. At most six digits each, so that
-# a value between them is still between them as a float32.
+# a value between them is still between them as a float32; and inside those of cpp/src/looped-keys.cpp, which
+# compares a file's float32 with 1e-12, 1e30 and 1e-6 to the last bit.
 REAL_LIMITS = {
-    "rms_norm_eps": (1e-12, 0.099),
-    "rope_theta": (1.001, 1e30),
-    "early_exit_threshold": (1e-6, 1.0),
+    "rms_norm_eps": (1e-11, 0.099),
+    "rope_theta": (1.001, 1e29),
+    "early_exit_threshold": (1e-5, 1.0),
 }
 # The chunk the MELT paper trains with (arXiv 2605.07721); a file without one gets it.
 DEFAULT_CHUNK_SIZE = 500

@@ -270,7 +270,7 @@ def test_configuration_is_checked_before_anything_is_written(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["lowest", "highest"])
 def test_the_limits_themselves_make_a_file_that_loads(tmp_path: Path, end: int) -> None:
-    """0.01 and 1e-12 become float32 numbers below themselves, which the check of the file must not refuse."""
+    """0.01 becomes a float32 below itself, which neither the check of the file nor llama.cpp may refuse."""
     limits = {key: both[end] for key, both in REAL_LIMITS.items()}
     folder = tiny_checkpoint(tmp_path / "model", tiny_config("ouro", **limits))
     sampling = {key: (rule.low, rule.high)[end] for key, rule in sampling_rules().items()}
