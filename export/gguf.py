@@ -37,6 +37,17 @@ class ExportReport:
     verified: bool | None = None
 
 
+@dataclass(frozen=True)
+class _Export:
+    """One export: what is read, what the file describes, and who is told."""
+
+    source: Checkpoint
+    config: LoopConfig
+    exit_gate: bool
+    report: ExportReport
+    progress: Progress | None
+
+
 def export_gguf(
     checkpoint: str | Path,
     out: str | Path,
@@ -64,14 +75,15 @@ def export_gguf(
     with Checkpoint.open(checkpoint) as source, atomic_output(out, force=force) as temporary:
         config = _target_config(source.config, share_kv=share_kv, chunk_size=chunk_size)
         report = ExportReport(out, type, 0, list(source.notes))
+        export = _Export(source, config, exit_gate, report, progress)
         if type in DIRECT_TYPES:
-            _write(source, config, temporary, type, exit_gate, report, progress)
+            _write(export, temporary, type)
         else:
-            _write_quantized(source, config, temporary, type, exit_gate, report, progress)
+            _write_quantized(export, temporary)
         check_gguf(temporary)
         n_params = sum(math.prod(spec.shape) for spec in tensor_specs(config).values())
         if verify or (verify is None and n_params < VERIFY_BELOW_PARAMS):
-            _verify(source, config, temporary, type, exit_gate, verify is True, report)
+            _verify(export, temporary, asked=verify is True)
         report.bytes = temporary.stat().st_size
     return report
 
@@ -87,25 +99,18 @@ def _target_config(config: LoopConfig, *, share_kv: bool, chunk_size: int | None
     return replace(config, chunk_size=chunk_size)
 
 
-def _write(
-    source: Checkpoint,
-    config: LoopConfig,
-    path: Path,
-    type: str,
-    exit_gate: bool,
-    report: ExportReport,
-    progress: Progress | None,
-) -> None:
+def _write(export: _Export, path: Path, type: str) -> None:
     """Write the whole file: header, keys, tensor table, then each tensor's rows, block by block."""
-    plans = plan_tensors(source, type, exit_gate=exit_gate, notes=report.notes)
+    source, config, notes, progress = export.source, export.config, export.report.notes, export.progress
+    plans = plan_tensors(source, type, exit_gate=export.exit_gate, notes=notes)
     writer = GGUFWriter(None, config.model_type)
-    add_config(writer, config, exit_gate=exit_gate)
-    report.notes += write_tokenizer(writer, source)
+    add_config(writer, config, exit_gate=export.exit_gate)
+    notes += write_tokenizer(writer, source)
     add_sampling(writer, source)
     total = sum(plan.nbytes for plan in plans)
     _check_disk(path, total)
     sha256 = source.scan(None if progress is None else lambda done, size: progress(done, size, "checking"))
-    report.notes += add_provenance(writer, source, config, type, sha256)
+    notes += add_provenance(writer, source, config, type, sha256)
     for plan in plans:
         writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.float32), plan.nbytes, raw_dtype=plan.type)
     writer.write_header_to_file(path)
@@ -135,44 +140,28 @@ def _stream(
         writer.write_padding(stream, plan.nbytes)
 
 
-def _write_quantized(
-    source: Checkpoint,
-    config: LoopConfig,
-    path: Path,
-    type: str,
-    exit_gate: bool,
-    report: ExportReport,
-    progress: Progress | None,
-) -> None:
+def _write_quantized(export: _Export, path: Path) -> None:
     """Write the checkpoint's own precision beside the target, and let llama.cpp quantise that."""
-    kept = {"F32": "f32", "F16": "f16", "BF16": "bf16"}[source.tensors["model.embed_tokens.weight"].dtype]
+    kept = {"F32": "f32", "F16": "f16", "BF16": "bf16"}[export.source.tensors["model.embed_tokens.weight"].dtype]
     full = path.with_name(path.name + ".full.gguf")
     try:
-        _write(source, config, full, kept, exit_gate, report, progress)
-        quantize_file(full, path, type, progress=progress)
+        _write(export, full, kept)
+        quantize_file(full, path, export.report.type, progress=export.progress)
     finally:
         full.unlink(missing_ok=True)
 
 
-def _verify(
-    source: Checkpoint,
-    config: LoopConfig,
-    path: Path,
-    type: str,
-    exit_gate: bool,
-    asked: bool,
-    report: ExportReport,
-) -> None:
+def _verify(export: _Export, path: Path, *, asked: bool) -> None:
     from melt_edge.export.verify import verify_file
 
     try:
-        verify_file(source, config, path, type, exit_gate=exit_gate)
+        verify_file(export.source, export.config, path, export.report.type, exit_gate=export.exit_gate)
     except BackendUnavailableError as err:
         if asked:
             raise
-        report.notes.append(f"not compared with the reference: {err}")
+        export.report.notes.append(f"not compared with the reference: {err}")
         return
-    report.verified = True
+    export.report.verified = True
 
 
 def _check_disk(path: Path, needed: int) -> None:
