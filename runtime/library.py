@@ -6,6 +6,7 @@ The only place that imports llama_cpp. Importing this module loads nothing.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib
 import json
 import logging
@@ -27,6 +28,9 @@ _LIB_VARIABLE = "LLAMA_CPP_LIB_PATH"  # read by the bindings when they are first
 # ggml's log levels; 5 continues the line before. llama.cpp's INFO is a page per model: DEBUG for us.
 _LEVELS = {0: logging.DEBUG, 1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 _CONTINUE = 5
+
+# The patches and our C++: in a checkout the folder itself, in an installed package its copy.
+_CPP = Path(__file__).resolve().parent.parent / "cpp"
 
 _lock = threading.Lock()
 _ready: ModuleType | None = None
@@ -100,10 +104,18 @@ def build_info(module: ModuleType) -> dict[str, Any]:
     return info
 
 
-def check_build(native: Mapping[str, Any], python: Mapping[str, Any]) -> None:
-    """Compare the native library's version and struct sizes with the bindings'.
+def sources_sha256(cpp: Path) -> str:
+    """The digest of the patches and of our C++ below a folder; the build writes the same into the library."""
+    patterns = ("patches/series", "patches/*.patch", "src/*.cpp", "src/*.h")
+    files = [path for pattern in patterns for path in cpp.glob(pattern)]
+    lines = sorted(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    Both: {"llama_cpp_python": version, "sizeof": {struct name: bytes}}.
+
+def check_build(native: Mapping[str, Any], python: Mapping[str, Any]) -> None:
+    """Compare what the native library was built from, and its struct sizes, with the bindings and the package.
+
+    Both: {"llama_cpp_python": version, "sizeof": {struct name: bytes}, "sources_sha256": digest}.
     Raises: AbiMismatchError listing every difference.
     """
     gaps = []
@@ -122,6 +134,11 @@ def check_build(native: Mapping[str, Any], python: Mapping[str, Any]) -> None:
             "the native library and the installed llama-cpp-python do not fit: "
             + "; ".join(gaps)
             + "; install the pinned version (constraints.txt) and build again (make setup)"
+        )
+    if native.get("sources_sha256") != python["sources_sha256"]:
+        raise AbiMismatchError(
+            "the native library was built from other patches or C++ sources than this melt-edge has; "
+            "build it again (make setup)"
         )
 
 
@@ -203,6 +220,7 @@ def _python_side(module: ModuleType) -> dict[str, Any]:
     return {
         "llama_cpp_python": module.__version__,
         "sizeof": {name: ctypes.sizeof(getattr(low, name)) for name in names},
+        "sources_sha256": sources_sha256(_CPP),
     }
 
 

@@ -7,13 +7,19 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from melt_edge.errors import AbiMismatchError
+from melt_edge.runtime import library
+from melt_edge.runtime.library import build_info, import_llama_cpp, sources_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 PATCHES = ROOT / "cpp" / "patches"
@@ -65,14 +71,46 @@ def test_lock_and_dependency_name_the_same_release() -> None:
     assert pin in (ROOT / "constraints.txt").read_text().splitlines()
 
 
-def test_library_was_built_from_this_pin_and_series() -> None:
-    from melt_edge.runtime.library import build_info, import_llama_cpp
-
+def test_library_was_built_from_this_pin_and_these_sources() -> None:
     info = build_info(import_llama_cpp())
     lock = prepare.read_lock(LOCK)
     assert info["llama_cpp_python"] == lock["version"]
     assert info["llama_cpp_commit"] == lock["commit"]
-    assert info["series_sha256"] == prepare.series_sha256(PATCHES), "the library is stale: run make setup"
+    assert info["sources_sha256"] == sources_sha256(ROOT / "cpp"), "the library is stale: run make setup"
+
+
+def edit_the_series(cpp: Path) -> None:
+    (cpp / "patches" / "series").write_text("".join(f"{path.name}\n" for path in series()[:-1]))
+
+
+def edit_a_patch(cpp: Path) -> None:
+    path = cpp / "patches" / series()[0].name
+    path.write_text(path.read_text() + "\n")
+
+
+def edit_a_source(cpp: Path) -> None:
+    path = cpp / "src" / "looped.cpp"
+    path.write_text(path.read_text() + "\n")
+
+
+def add_a_source(cpp: Path) -> None:
+    (cpp / "src" / "more.cpp").write_text("")
+
+
+@pytest.mark.parametrize("edit", [edit_the_series, edit_a_patch, edit_a_source, add_a_source])
+def test_library_of_other_sources_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: Callable[[Path], None]
+) -> None:
+    """A checkout that moved on, with the library of yesterday: it would run other kernels than the tests saw."""
+    module = import_llama_cpp()
+    cpp = tmp_path / "cpp"
+    for name in ("patches", "src"):
+        shutil.copytree(ROOT / "cpp" / name, cpp / name)
+    monkeypatch.setattr(library, "_CPP", cpp)
+    library.check_build(build_info(module), library._python_side(module))
+    edit(cpp)
+    with pytest.raises(AbiMismatchError, match=r"built from other patches or C\+\+ sources.*make setup"):
+        library.check_build(build_info(module), library._python_side(module))
 
 
 # the series

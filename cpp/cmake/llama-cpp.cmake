@@ -14,8 +14,8 @@ function(melt_read_lock key out)
     set(${out} ${value} PARENT_SCOPE)
 endfunction()
 
-# melt_prepare_llama_cpp(<tree> <series_sha256>): makes the patched tree in the build folder
-function(melt_prepare_llama_cpp tree series_sha256)
+# melt_prepare_llama_cpp(<tree>): makes the patched tree in the build folder
+function(melt_prepare_llama_cpp tree)
     file(GLOB patches CONFIGURE_DEPENDS ${MELT_PATCHES}/*.patch)
     set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
         ${MELT_LOCK} ${MELT_PREPARE} ${MELT_PATCHES}/series ${patches})
@@ -27,13 +27,32 @@ function(melt_prepare_llama_cpp tree series_sha256)
     endif()
     execute_process(
         COMMAND ${Python_EXECUTABLE} ${MELT_PREPARE} tree ${dest} ${local}
-        OUTPUT_VARIABLE series OUTPUT_STRIP_TRAILING_WHITESPACE
-        ERROR_VARIABLE  error  ECHO_ERROR_VARIABLE
+        OUTPUT_QUIET
+        ERROR_VARIABLE  error ECHO_ERROR_VARIABLE
         RESULT_VARIABLE result)
     if (NOT result EQUAL 0)
         message(FATAL_ERROR "llama.cpp could not be prepared: ${error}")
     endif()
 
-    set(${tree}          ${dest}   PARENT_SCOPE)
-    set(${series_sha256} ${series} PARENT_SCOPE)
+    set(${tree} ${dest} PARENT_SCOPE)
+endfunction()
+
+# melt_sources_sha256(<out>): changes with every byte of the patches and of our own sources. runtime/library.py
+# computes the same, and refuses a library that was built from others.
+function(melt_sources_sha256 out)
+    set(cpp ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/..)
+    file(GLOB files CONFIGURE_DEPENDS ${cpp}/patches/series ${cpp}/patches/*.patch ${cpp}/src/*.cpp ${cpp}/src/*.h)
+    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${files})
+
+    set(lines "")
+    foreach (path IN LISTS files)
+        file(SHA256 ${path} digest)
+        cmake_path(GET path FILENAME name)
+        list(APPEND lines "${name} ${digest}\n")
+    endforeach()
+    list(SORT lines)
+    list(JOIN lines "" lines)
+    string(SHA256 digest "${lines}")
+
+    set(${out} ${digest} PARENT_SCOPE)
 endfunction()

@@ -6,14 +6,14 @@
 
 #include <string>
 
-#if !defined(MELT_PIN_VERSION) || !defined(MELT_PIN_COMMIT) || !defined(MELT_SERIES_SHA256)
-#error "the build passes the pin and the digest of the patch series"
+#if !defined(MELT_PIN_VERSION) || !defined(MELT_PIN_COMMIT) || !defined(MELT_SOURCES_SHA256)
+#error "the build passes the pin and the digest of the sources"
 #endif
 
 extern "C" {
 
-// JSON: the pinned bindings and commit, the digest of the patch series, and the size of every struct that crosses
-// the boundary. The text lives as long as the library. Thread-safe.
+// JSON: the pinned bindings and commit, the digest of the patches and our sources, and the size of every struct that
+// crosses the boundary. The text lives as long as the library. Thread-safe.
 LLAMA_API const char * melt_edge_build_info(void);
 
 // Bytes of the model's tensors, of the K/V cache and of the compute buffers, over all devices. The context must be
@@ -28,7 +28,7 @@ static std::string build_info() {
     std::string json = "{";
     json += "\"llama_cpp_python\": \"" MELT_PIN_VERSION "\", ";
     json += "\"llama_cpp_commit\": \"" MELT_PIN_COMMIT "\", ";
-    json += "\"series_sha256\": \"" MELT_SERIES_SHA256 "\", ";
+    json += "\"sources_sha256\": \"" MELT_SOURCES_SHA256 "\", ";
     json += "\"sizeof\": {";
     json += "\"llama_model_params\": " + std::to_string(sizeof(llama_model_params)) + ", ";
     json += "\"llama_context_params\": " + std::to_string(sizeof(llama_context_params)) + ", ";
