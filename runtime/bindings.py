@@ -1,4 +1,4 @@
-"""The bindings' Llama class, with the three things its constructor cannot be told.
+"""The bindings' Llama class, with the three things its constructor cannot be told, and a careful sampler.
 
 Tensors are checked, flash attention can be left to the library, and the file's chat template is neither
 compiled nor rendered in this process.
@@ -10,9 +10,49 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from melt_edge.runtime.library import import_llama_cpp
+from melt_edge.runtime.sampling import Candidates, grammar_sampler
 
 Render = Callable[[Sequence[Mapping[str, Any]]], str]
+
+
+class GuardedSampler:
+    """The bindings' sampler chain, with the grammar beside it and errors where the library would abort."""
+
+    def __init__(self, chain: Any, vocab: Any, n_vocab: int, grammar: str | None) -> None:
+        """chain: the bindings' LlamaSampler, closed with this. Raises: ConfigError as grammar_sampler."""
+        self._low = import_llama_cpp().llama_cpp
+        self._chain = chain
+        self._n_vocab = n_vocab
+        self._candidates = Candidates(n_vocab)
+        self._grammar: Any = None
+        if grammar is not None:
+            self._grammar = grammar_sampler(vocab, grammar)
+
+    def sample(self, context: Any, index: int = -1) -> int:
+        """The next token. Raises: BackendError for broken logits, or if the grammar leaves no token."""
+        low = self._low
+        row = low.llama_get_logits_ith(context.ctx, index)
+        self._candidates.fill(np.ctypeslib.as_array(row, shape=(self._n_vocab,)))
+        if self._grammar is not None:
+            self._candidates.restrict(self._grammar)
+        token = self._candidates.draw(self._chain.sampler)
+        low.llama_sampler_accept(self._chain.sampler, token)
+        if self._grammar is not None:
+            low.llama_sampler_accept(self._grammar, token)
+        return token
+
+    def close(self) -> None:
+        """Free the native samplers; may be called twice."""
+        grammar, self._grammar = self._grammar, None
+        if grammar is not None:
+            self._low.llama_sampler_free(grammar)
+        self._chain.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 @functools.cache
@@ -51,6 +91,10 @@ def llama_class() -> Any:
         @context_params.setter
         def context_params(self, params: Any) -> None:
             self._chosen_context_params = params
+
+        def _init_sampler(self, *, grammar: Any = None, **options: Any) -> Any:
+            text = None if grammar is None else grammar._grammar
+            return GuardedSampler(super()._init_sampler(**options), self._model.vocab, self._n_vocab, text)
 
         @property
         def metadata(self) -> dict[str, str]:

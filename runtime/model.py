@@ -207,6 +207,12 @@ class Model:
             pieces = [backend.token_bytes(token, special=special) for token in ids]
             return b"".join(pieces).decode("utf-8", errors="replace")
 
+    def check_grammar(self, grammar: str) -> None:
+        """Raises: ConfigError for a grammar that does not parse, or is beyond grammar.check_grammar's limits."""
+        with self._lock:
+            backend = self._backend()
+            backend.sampler(replace(self._defaults, grammar=grammar_text(grammar, None)), ()).close()
+
     # -- the conversation
 
     @property

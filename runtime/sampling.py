@@ -16,10 +16,10 @@ import numpy as np
 
 from melt_edge.errors import BackendError, ConfigError
 from melt_edge.runtime.base import FloatArray, SamplingParams
+from melt_edge.runtime.grammar import check_grammar
 from melt_edge.runtime.library import captured_log, import_llama_cpp, last_reason
 
 MAX_SEED = 2**32 - 2  # the library takes 2**32 - 1 for "choose one yourself"
-MAX_GRAMMAR_BYTES = 2**20
 
 # What llama.cpp's converters write into a file, and the parameter it is the default of.
 _FILE_KEYS = {
@@ -75,7 +75,8 @@ def checked_seed(seed: int | None) -> int | None:
 def grammar_text(grammar: str | None, json_schema: str | Mapping[str, Any] | None) -> str | None:
     """The GBNF grammar of a call, converted from a JSON schema if that is given.
 
-    Raises: ConfigError if both are given, or the schema cannot be converted.
+    Raises: ConfigError if both are given, the schema cannot be converted, or the grammar is beyond the
+        limits of grammar.check_grammar.
     """
     if grammar is not None and json_schema is not None:
         raise ConfigError("grammar and json_schema are both given; give one of them")
@@ -90,13 +91,63 @@ def grammar_text(grammar: str | None, json_schema: str | Mapping[str, Any] | Non
             raise
         except Exception as err:  # the converter raises whatever its walk stumbles over
             raise ConfigError(f"json_schema cannot be turned into a grammar ({type(err).__name__}: {err})") from err
-    if grammar is None:
-        return None
-    if not isinstance(grammar, str) or not grammar.strip() or "\0" in grammar:
-        raise ConfigError("grammar is empty or no text, expected GBNF with a rule named root")
-    if len(grammar.encode("utf-8", "surrogatepass")) > MAX_GRAMMAR_BYTES:
-        raise ConfigError(f"grammar has more than {MAX_GRAMMAR_BYTES} bytes; make it smaller")
-    return grammar
+    return None if grammar is None else check_grammar(grammar)
+
+
+def grammar_sampler(vocab: Any, grammar: str) -> Any:
+    """llama.cpp's sampler of a grammar, to be freed by the caller. Raises: ConfigError if it does not parse."""
+    low = import_llama_cpp().llama_cpp
+    with captured_log() as lines:
+        sampler = low.llama_sampler_init_grammar(vocab, check_grammar(grammar).encode("utf-8"), b"root")
+    if not sampler:
+        raise ConfigError(f"grammar cannot be parsed ({last_reason(lines)}); expected GBNF with a rule named root")
+    return sampler
+
+
+class Candidates:
+    """A vocabulary's logits, as llama.cpp's samplers take and change them."""
+
+    def __init__(self, n_vocab: int) -> None:
+        self._low = import_llama_cpp().llama_cpp
+        self._ids = np.arange(n_vocab, dtype=np.intc)
+        dtype = np.dtype([("id", np.intc), ("logit", np.single), ("p", np.single)], align=True)
+        self._items = np.zeros(n_vocab, dtype=dtype)
+
+    def fill(self, logits: FloatArray) -> None:
+        """Start from a row of logits [n_vocab]. Raises: BackendError if they are not finite."""
+        if not np.isfinite(logits).all():
+            raise BackendError(
+                "the model computed logits that are not finite; the file is damaged or "
+                "the number of loops is far from the trained one"
+            )
+        self._items["id"] = self._ids
+        self._items["logit"] = logits
+        self._items["p"] = 0.0
+
+    def allows(self, grammar: Any, token: int, logits: FloatArray) -> bool:
+        """True if a grammar's sampler takes this token next; what was filled in is lost."""
+        self._items[0] = (token, logits[token], 0.0)
+        self._low.llama_sampler_apply(grammar, ctypes.byref(self._array(1)))
+        return bool(np.isfinite(self._items["logit"][0]))
+
+    def restrict(self, grammar: Any) -> None:
+        """Leave only what a grammar's sampler takes. Raises: BackendError if that is nothing."""
+        self._low.llama_sampler_apply(grammar, ctypes.byref(self._array(len(self._items))))
+        # A draw from nothing would be accepted by the chain and then abort in the grammar.
+        if not np.isfinite(self._items["logit"]).any():
+            raise BackendError("the grammar allows no token of this model's vocabulary at this place; check its rules")
+
+    def draw(self, chain: Any) -> int:
+        """The token a chain chooses. Raises: BackendError if it chooses none, or one that was ruled out."""
+        array = self._array(len(self._items))
+        self._low.llama_sampler_apply(chain, ctypes.byref(array))
+        if not 0 <= array.selected < array.size or not math.isfinite(array.data[array.selected].logit):
+            raise BackendError("the sampler chose no token; the model's logits or the sampling values are unusable")
+        return int(array.data[array.selected].id)
+
+    def _array(self, size: int) -> Any:
+        data = self._items.ctypes.data_as(self._low.llama_token_data_p)
+        return self._low.llama_token_data_array(data=data, size=size, selected=-1, sorted=False)
 
 
 class ChainSampler:
@@ -111,12 +162,10 @@ class ChainSampler:
         self._low = import_llama_cpp().llama_cpp
         self._chain: Any = None
         self._grammar: Any = None
-        dtype = np.dtype([("id", np.intc), ("logit", np.single), ("p", np.single)], align=True)
-        self._ids = np.arange(n_vocab, dtype=np.intc)
-        self._candidates = np.zeros(n_vocab, dtype=dtype)
+        self._candidates = Candidates(n_vocab)
         try:
             if params.grammar is not None:
-                self._grammar = self._parse_grammar(vocab, params.grammar)
+                self._grammar = grammar_sampler(vocab, params.grammar)
             self._chain = self._build_chain(n_vocab, params)
         except BaseException:
             self.close()
@@ -126,14 +175,12 @@ class ChainSampler:
 
     def sample(self, logits: FloatArray) -> int:
         """The next token. Raises: BackendError if the logits are broken or the grammar leaves no token."""
-        if not np.isfinite(logits).all():
-            raise BackendError(
-                "the model computed logits that are not finite; the file is damaged or "
-                "the number of loops is far from the trained one"
-            )
-        token = self._draw(logits, under_grammar=False)
-        if self._grammar is not None and not self._grammar_allows(token, logits):
-            token = self._draw(logits, under_grammar=True)
+        self._candidates.fill(logits)
+        token = self._candidates.draw(self._chain)
+        if self._grammar is not None and not self._candidates.allows(self._grammar, token, logits):
+            self._candidates.fill(logits)
+            self._candidates.restrict(self._grammar)
+            token = self._candidates.draw(self._chain)
         self._low.llama_sampler_accept(self._chain, token)
         if self._grammar is not None:
             self._low.llama_sampler_accept(self._grammar, token)
@@ -150,13 +197,6 @@ class ChainSampler:
     def __del__(self) -> None:
         self.close()
 
-    def _parse_grammar(self, vocab: Any, text: str) -> Any:
-        with captured_log() as lines:
-            sampler = self._low.llama_sampler_init_grammar(vocab, text.encode("utf-8"), b"root")
-        if not sampler:
-            raise ConfigError(f"grammar cannot be parsed ({last_reason(lines)}); expected GBNF with a rule named root")
-        return sampler
-
     def _build_chain(self, n_vocab: int, params: SamplingParams) -> Any:
         low = self._low
         chain = low.llama_sampler_chain_init(low.llama_sampler_chain_default_params())
@@ -172,33 +212,6 @@ class ChainSampler:
         low.llama_sampler_chain_add(chain, low.llama_sampler_init_temp(params.temperature))
         low.llama_sampler_chain_add(chain, low.llama_sampler_init_dist(params.seed))
         return chain
-
-    def _draw(self, logits: FloatArray, *, under_grammar: bool) -> int:
-        self._candidates["id"] = self._ids
-        self._candidates["logit"] = logits
-        self._candidates["p"] = 0.0
-        array = self._array(len(self._candidates))
-        if under_grammar:
-            self._low.llama_sampler_apply(self._grammar, ctypes.byref(array))
-            # A draw from nothing would be accepted by the chain and then abort in the grammar.
-            if not np.isfinite(self._candidates["logit"]).any():
-                raise BackendError(
-                    "the grammar allows no token of this model's vocabulary at this place; check its rules"
-                )
-        self._low.llama_sampler_apply(self._chain, ctypes.byref(array))
-        if not 0 <= array.selected < array.size:
-            raise BackendError("the sampler chose no token; the model's logits or the sampling values are unusable")
-        return int(array.data[array.selected].id)
-
-    def _grammar_allows(self, token: int, logits: FloatArray) -> bool:
-        self._candidates[0] = (token, logits[token], 0.0)
-        array = self._array(1)
-        self._low.llama_sampler_apply(self._grammar, ctypes.byref(array))
-        return bool(np.isfinite(self._candidates["logit"][0]))
-
-    def _array(self, size: int) -> Any:
-        data = self._candidates.ctypes.data_as(self._low.llama_token_data_p)
-        return self._low.llama_token_data_array(data=data, size=size, selected=-1, sorted=False)
 
 
 def _with(params: SamplingParams, name: str, value: Any, what: str) -> SamplingParams:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 import weakref
 from collections.abc import Callable, Iterator
@@ -289,6 +290,45 @@ def test_serve_speaks_openai_and_stops_at_ctrl_c(server: tuple[subprocess.Popen[
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/v1/completions", {"grammar": "root ::= " + "(" * 20_000}, "1024 parentheses"),
+        ("/v1/completions", {"grammar": "root ::= (", "stream": True}, "cannot be parsed"),
+        ("/v1/completions", {"grammar": 'root ::= "a"{5,2}'}, "smaller number"),
+        ("/v1/completions", {"logit_bias": {"999999": 1}}, "an id from 0 to 300"),
+        ("/v1/completions", {"logit_bias": {"5": float("nan")}}, "within 1e"),
+        ("/v1/completions", {"repeat_penalty": 0}, "from 0.01"),
+        ("/v1/completions", {"temperature": float("nan")}, "expected a number"),
+        ("/v1/completions", {"seed": -1}, "seed is -1"),
+        ("/v1/completions", {"top_k": 2**40}, "top_k is"),
+        ("/v1/completions", {"max_tokens": -1}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": [], "grammar": "root ::= root"}, "left-recursive"),
+        ("/extras/detokenize", {"tokens": [10**9]}, "not in the vocabulary"),
+    ],
+    ids=str,
+)
+def test_serve_refuses_what_would_end_it(
+    server: tuple[subprocess.Popen[str], str], path: str, body: dict[str, object], message: str
+) -> None:
+    """Most of these ended the server, as a foreign token did in /extras/detokenize."""
+    process, address = server
+    with pytest.raises(urllib.error.HTTPError) as error:
+        _post(address.removesuffix("/v1") + path, {"prompt": "hi", **body})
+    assert error.value.code in (400, 422)
+    assert message in error.value.read().decode()
+    assert process.poll() is None
+
+
+def test_serve_goes_on_after_a_grammar_without_a_token(server: tuple[subprocess.Popen[str], str]) -> None:
+    process, address = server
+    with pytest.raises(urllib.error.HTTPError) as error:
+        _post(address + "/completions", {"prompt": "hi", "grammar": "root ::= <[300000]>"})
+    assert b"allows no token" in error.value.read()
+    assert "choices" in _post(address + "/completions", {"prompt": "hi", "max_tokens": 2})
+    assert process.poll() is None
 
 
 def test_serve_says_when_the_port_is_taken(melt_gguf: Path, server: tuple[subprocess.Popen[str], str]) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import melt_edge
 from melt_edge import Model
 from melt_edge.errors import BackendError, ConfigError, ContextOverflowError, FormatError
+from melt_edge.runtime.library import import_llama_cpp
 from melt_edge.runtime.sampling import file_defaults, grammar_text, with_overrides
 from melt_edge.runtime.template import checked_messages, render_chat
 from melt_edge.runtime.text import TextSplitter, checked_stop
@@ -204,6 +205,76 @@ def test_grammar_that_no_token_can_meet_is_an_error_not_an_abort(model: Model) -
     with pytest.raises((BackendError, ConfigError)):
         model.generate(PROMPT, grammar="root ::= <[300000]>", max_tokens=4)
     assert model.generate(PROMPT, max_tokens=2).finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        ("root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000, "1024 parentheses"),
+        ('root ::= "' + "a" * 2**17 + '"', "131072 bytes"),
+        ("root ::= [" + "ab" * 600 + "]", "characters in one"),
+        ("root ::= " + '("a")' * 9000, "8192 rules"),
+        ("root ::= " + '"a"{2000} ' * 300, "500000 elements"),
+        ('root ::= "' + "a" * 300 + '"{2000}', "500000 elements"),
+        ('root ::= "a"{5,2}', "smaller number first"),
+        ("root ::= " + " | ".join(f'"x{at}"' for at in range(5000)), "4096 ways"),
+        ("root ::= r0\n" + "\n".join(f"r{at} ::= r{at + 1} | r{at + 1}" for at in range(40)) + '\nr40 ::= "a"', "4096"),
+        ("root ::= " + '"a"? ' * 1000, "100 ways to go on behind optional"),
+        ('root ::= ((("a"?){0,12}){0,12}){0,10}', "100 ways to go on behind optional"),
+        ("root ::= r0\n" + "\n".join(f"r{at} ::= r{at + 1}" for at in range(2000)) + '\nr2000 ::= "a"', "1024 rules"),
+        ('root ::= root "a"', "left-recursive: rule 'root'"),
+        ('root ::= ("x"?) root "a" | "b"', "left-recursive: rule 'root'"),
+        ('root ::= a\na ::= b "x"\nb ::= a | "y"', "left-recursive"),
+        ('root ::= "a\ud800"', "lone surrogate"),
+        ('root ::= "a', "cannot be parsed"),
+    ],
+    ids=lambda value: value[:24] if len(value) < 40 else None,
+)
+def test_grammars_that_llama_cpp_could_not_stand_are_refused(model: Model, grammar: str, message: str) -> None:
+    """Each killed the process, hung it or filled its memory, or is at a limit that keeps others from it."""
+    with pytest.raises(ConfigError, match=message):
+        model.generate(PROMPT, grammar=grammar, max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {f"key{at}": {"type": "string"} for at in range(90)}},
+        {"type": "string", "maxLength": 500},
+        {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 300},
+        {"enum": [f"word {at}" for at in range(2000)]},
+        {"type": "string", "pattern": "^(a|b)?(c(d?)){3,9}[^x]*$"},
+    ],
+    ids=["properties", "maxLength", "maxItems", "enum", "pattern"],
+)
+def test_the_grammars_of_large_honest_schemas_are_within_the_limits(model: Model, schema: dict[str, object]) -> None:
+    assert model.generate(PROMPT, json_schema=schema, max_tokens=3, seed=1).tokens
+
+
+def test_llama_cpps_own_grammars_are_within_the_limits(model: Model) -> None:
+    module = import_llama_cpp().llama_grammar
+    texts = [getattr(module, name) for name in dir(module) if name.endswith("_GBNF")]
+    assert texts
+    for text in texts:
+        model.check_grammar(text)
+
+
+def test_a_deep_schema_is_a_typed_error(model: Model) -> None:
+    schema: dict[str, object] = {"type": "string"}
+    for _ in range(5000):
+        schema = {"items": schema}
+    with pytest.raises(ConfigError, match="json_schema cannot be turned"):
+        model.generate(PROMPT, json_schema=schema)
+
+
+def test_the_bindings_refuse_what_their_library_aborts_on(model: Model) -> None:
+    """A grammar that does not parse, or that leaves no token, ended the process."""
+    module = import_llama_cpp()
+    for grammar, error in [("root ::= (", ConfigError), ("root ::= <[300000]>", BackendError)]:
+        with pytest.raises(error):
+            model.llama("hi", grammar=module.LlamaGrammar.from_string(grammar))
+    done = model.llama("hi", grammar=module.LlamaGrammar.from_string('root ::= "yes" | "no"'))
+    assert done["choices"][0]["text"] in ("yes", "no")
 
 
 def test_file_defaults_and_overrides() -> None:

@@ -110,6 +110,8 @@ def make_app(model: Model, *, alias: str, api_key: str | None = None) -> Any:
     from llama_cpp.server.model import LlamaProxy
     from llama_cpp.server.settings import ModelSettings, ServerSettings
 
+    from melt_edge.cli.serve_checks import request_check
+
     class LoadedModel(LlamaProxy):
         """A proxy of one model that is loaded already."""
 
@@ -134,12 +136,14 @@ def make_app(model: Model, *, alias: str, api_key: str | None = None) -> Any:
     original = server.LlamaProxy
     server.LlamaProxy = LoadedModel  # type: ignore[misc]
     try:
-        return server.create_app(
+        app = server.create_app(
             server_settings=ServerSettings(api_key=api_key, interrupt_requests=False),
             model_settings=[ModelSettings(model=str(model.info.path), model_alias=alias)],
         )
     finally:
         server.LlamaProxy = original  # type: ignore[misc]
+    app.dependency_overrides[server.authenticate] = request_check(model)
+    return app
 
 
 def _require_server() -> None:
