@@ -252,7 +252,8 @@ class LlamaBackend:
             model=self._digest,
             architecture=info.architecture,
             num_loops=info.num_loops,
-            chunk_size=info.chunk_size,
+            # A context shorter than a chunk cuts nothing that fits into it.
+            chunk_size=self.settings.wanted_chunk,
             kv_type=info.kv_type,
             n_ctx=info.n_ctx,
             n_tokens=self.n_tokens,

@@ -38,14 +38,16 @@ class LoadOptions:
 class Settings:
     """The checked values a model is opened with.
 
-    trained: the file's configuration; config: the same with the loops asked for. n_batch: prompt tokens
-    per call of the library, a multiple of chunk. n_gpu_layers: None leaves it to the backend.
+    trained: the file's configuration; config: the same with the loops asked for. chunk: never more than
+    n_ctx; wanted_chunk: the same before that limit. n_batch: prompt tokens per call of the library, a
+    multiple of chunk. n_gpu_layers: None leaves it to the backend.
     """
 
     trained: LoopConfig
     config: LoopConfig
     n_ctx: int
     chunk: int
+    wanted_chunk: int
     n_batch: int
     kv_type: str
     n_threads: int
@@ -58,7 +60,8 @@ def resolve(file: GGUFInfo, options: LoadOptions) -> Settings:
     trained = config_from_gguf(file)
     config = _with_loops(trained, options.loops)
     n_ctx = _checked_ctx(options.n_ctx, trained.max_position_embeddings)
-    chunk = _checked_chunk(options.chunk_size, trained, n_ctx)
+    wanted_chunk = _checked_chunk(options.chunk_size, trained, n_ctx)
+    chunk = min(wanted_chunk, n_ctx)
     _check_kv(options.kv_type, config.head_dim, options.flash_attn)
     if options.n_gpu_layers is not None:
         _whole("n_gpu_layers", options.n_gpu_layers, -1, 2**31 - 1)
@@ -67,6 +70,7 @@ def resolve(file: GGUFInfo, options: LoadOptions) -> Settings:
         config=config,
         n_ctx=n_ctx,
         chunk=chunk,
+        wanted_chunk=wanted_chunk,
         n_batch=chunk * max(1, min(DEFAULT_BATCH, n_ctx) // chunk),
         kv_type=options.kv_type,
         n_threads=usable_cores() if options.n_threads is None else _whole("n_threads", options.n_threads, 1, 512),
@@ -137,7 +141,7 @@ def _checked_ctx(n_ctx: int | None, n_ctx_train: int) -> int:
 def _checked_chunk(chunk_size: int | None, trained: LoopConfig, n_ctx: int) -> int:
     if chunk_size is not None:
         return _whole("chunk_size", chunk_size, 1, n_ctx, "n_ctx")
-    return min(trained.chunk_size if trained.shares_kv else DEFAULT_BATCH, n_ctx)
+    return trained.chunk_size if trained.shares_kv else DEFAULT_BATCH
 
 
 def _check_kv(kv_type: str, head_dim: int, flash_attn: bool | None) -> None:

@@ -139,7 +139,6 @@ def test_flipped_bytes_are_refused(model: Model, saved: Path, tmp_path: Path) ->
         ("model", "0" * 64, "saved with model file"),
         ("architecture", "llama", "saved with architecture llama"),
         ("num_loops", 3, "saved with number of loops 3"),
-        ("chunk_size", 5, "saved with chunk size 5"),
         ("kv_type", "q4_0", "saved with cache type q4_0"),
         ("n_tokens", -1, "negative"),
         ("n_tokens", "7", "other keys"),
@@ -164,6 +163,33 @@ def test_more_tokens_than_the_context_are_refused(melt_gguf: Path, tmp_path: Pat
         model.save_state(path)
     with melt_edge.load(melt_gguf, n_ctx=40, n_threads=1) as small:
         assert_refused(small, path, ContextOverflowError, "60 tokens.*room for 40")
+
+
+@pytest.mark.parametrize("arch", ["melt", "ouro"])
+def test_a_context_shorter_than_a_chunk_is_no_other_chunk(
+    arch: str, make_gguf: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The chunk was compared after it had been limited to the context."""
+    gguf = make_gguf(tiny_config("melt", chunk_size=100) if arch == "melt" else tiny_config("ouro"))
+    path = tmp_path / "a.state"
+    with melt_edge.load(gguf, n_threads=1) as model:
+        model.generate([5] * 30, max_tokens=0)
+        model.save_state(path)
+    with melt_edge.load(gguf, n_ctx=40, n_threads=1) as shorter:
+        shorter.load_state(path)
+        assert shorter.tokens == [5] * 30
+    with melt_edge.load(gguf, n_ctx=20, n_threads=1) as short:
+        assert_refused(short, path, ContextOverflowError, "30 tokens.*room for 20")
+
+
+def test_an_ouro_state_takes_any_chunk(ouro_gguf: Path, tmp_path: Path) -> None:
+    with melt_edge.load(ouro_gguf, n_threads=1) as model:
+        model.generate(PROMPT, max_tokens=0)
+        model.save_state(tmp_path / "a.state")
+        expected = next_tokens(model)
+    with melt_edge.load(ouro_gguf, chunk_size=4, n_threads=1) as other:
+        other.load_state(tmp_path / "a.state")
+        assert next_tokens(other) == expected
 
 
 def test_states_of_another_model_or_setting_are_refused(
