@@ -6,7 +6,10 @@ or memory, so it runs in a process of its own that the system stops at 2 s and 2
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import multiprocessing.spawn
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +24,8 @@ MAX_MESSAGES = 4096
 MAX_PROMPT_BYTES = 16 * 2**20
 # Starting the interpreter and importing jinja2 comes before the template's own 2 s.
 _START_S = 20.0
+# What the worker writes once it has all it needs, before the limits begin.
+READY = b"ready\n"
 _WORKER = Path(__file__).with_name("template_worker.py")
 
 
@@ -37,7 +42,9 @@ def render_chat(
 
     source: named in messages, usually the model's path.
     Raises: ConfigError for messages of another shape or refused by the template; FormatError for a
-        template that fails, or needs more than 2 s or 256 MB.
+        template that fails, or needs more than 2 s or 256 MB; BackendError if its process cannot start.
+        That is a Python interpreter: the running one, or in a program that embeds Python the one named with
+        multiprocessing.set_executable.
     """
     request = {
         "template": template,
@@ -88,30 +95,47 @@ def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 
 
 def _ask_worker(request: bytes, source: str) -> dict[str, Any]:
-    # -I: no user site, no PYTHON* variables, and the current folder is not searched for modules.
-    command = [sys.executable, "-I", str(_WORKER)]
     try:
-        done = subprocess.run(
-            command,
-            input=request,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_START_S + LIMIT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        done = subprocess.run(_command(), input=request, capture_output=True, timeout=_START_S + LIMIT_S, check=False)
+    except subprocess.TimeoutExpired as err:
+        if not (err.stdout or b"").startswith(READY):
+            raise BackendError(_no_start(f"it took more than {_START_S:g} s")) from None
         raise FormatError(_too_much(source, f"{LIMIT_S:g} s")) from None
     except OSError as err:
-        raise BackendError(f"the chat template's process cannot be started ({err}); use generate instead") from err
+        raise BackendError(_no_start(str(err))) from err
+    if not done.stdout.startswith(READY):
+        last = done.stderr.decode("utf-8", errors="replace").strip().rpartition("\n")[2]
+        raise BackendError(_no_start(last[:300] or f"exit status {done.returncode}"))
     if done.returncode != 0:
         # Stopped by the system: the alarm for time; memory that Python could not report as such.
         what = f"{LIMIT_S:g} s" if done.returncode == -14 else f"{LIMIT_S:g} s or {LIMIT_BYTES // 2**20} MB of memory"
         raise FormatError(_too_much(source, what))
     if len(done.stdout) > MAX_PROMPT_BYTES:
         raise FormatError(_too_much(source, f"{MAX_PROMPT_BYTES // 2**20} MB of text"))
-    reply = json.loads(done.stdout)
+    reply = json.loads(done.stdout.removeprefix(READY))
     assert isinstance(reply, dict)
     return reply
+
+
+def _command() -> list[str]:
+    """The worker's command line. Raises: BackendError if this process has no Python interpreter to start."""
+    chosen = multiprocessing.spawn.get_executable() or ""
+    python = os.fsdecode(chosen)
+    is_python = Path(python).name.lower().startswith(("python", "pypy", "graalpy"))
+    if not is_python or (getattr(sys, "frozen", False) and python == sys.executable):
+        raise BackendError(
+            f"the chat template needs a Python interpreter of its own, and this program ({python or 'unnamed'}) is "
+            "none; name one with multiprocessing.set_executable, or use generate with a prompt of your own"
+        )
+    # -I: no PYTHON* variables, no user site, and the current folder is not searched for modules. jinja2 may
+    # be in one of those places, so the worker is told where this process finds it.
+    specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = [str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin]
+    return [python, "-I", str(_WORKER), *folders]
+
+
+def _no_start(reason: str) -> str:
+    return f"the chat template's process cannot be started ({reason}); use generate with a prompt of your own"
 
 
 def _too_much(source: str, what: str) -> str:

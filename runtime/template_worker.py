@@ -1,6 +1,7 @@
 """Runs as a script in a process of its own: one chat template, rendered under limits, as JSON on stdout.
 
-Imports nothing of melt_edge: it has to start fast and hold as little as possible.
+Its arguments are folders to look for jinja2 in, after the interpreter's own. Imports nothing of melt_edge:
+it has to start fast and hold as little as possible.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import sys
 from datetime import datetime
 from typing import Any
+
+sys.path.extend(sys.argv[1:])
 
 import jinja2
 import jinja2.ext
@@ -79,8 +82,10 @@ def limit(seconds: float, max_bytes: int) -> None:
 
 
 def main() -> None:
-    """Read a request on stdin, write the reply on stdout."""
+    """Read a request on stdin, write "ready" and then the reply on stdout."""
     request = json.load(sys.stdin.buffer)
+    sys.stdout.buffer.write(b"ready\n")
+    sys.stdout.buffer.flush()
     limit(request["limit_s"], request["limit_bytes"])
     try:
         reply = {"prompt": render(request["template"], request["variables"])}

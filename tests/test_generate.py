@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing.spawn
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 import melt_edge
 from melt_edge import Model
 from melt_edge.errors import BackendError, ConfigError, ContextOverflowError, FormatError
+from melt_edge.runtime import template
 from melt_edge.runtime.library import import_llama_cpp
 from melt_edge.runtime.sampling import file_defaults, grammar_text, with_overrides
 from melt_edge.runtime.template import checked_messages, render_chat
@@ -418,6 +422,59 @@ def test_template_that_refuses_is_the_users_error() -> None:
 def test_hostile_or_broken_templates_are_refused(template: str, message: str) -> None:
     with pytest.raises(FormatError, match=rf"model\.gguf: the chat template.*{message}"):
         render(template)
+
+
+def test_jinja2_is_found_where_only_this_process_looks(tmp_path: Path) -> None:
+    """The worker ignores PYTHONPATH and the user site; jinja2 only there was told as a template too large."""
+    import jinja2
+    import markupsafe
+
+    for module in (jinja2, markupsafe):
+        (tmp_path / module.__name__).symlink_to(Path(str(module.__file__)).parent)
+    (tmp_path / "json.py").write_text("raise SystemExit('the standard library is shadowed')")
+    code = (
+        "import importlib.util, subprocess, sys\n"
+        "real = subprocess.run\n"
+        # -S: as if jinja2 were in no place that the interpreter knows by itself.
+        "subprocess.run = lambda command, **more: real([command[0], '-S', *command[1:]], **more)\n"
+        "from melt_edge.runtime import template\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "print(template.render_chat('{{ messages[0].content }}', [{'role': 'user', 'content': 'found'}],"
+        " bos_token='', eos_token=''))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path.parent, check=False
+    )
+    assert done.stdout == "found\n", done.stderr
+
+
+@pytest.mark.parametrize("program", ["/opt/app/editor", ""])
+def test_a_program_that_embeds_python_is_not_started_again(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", program)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(BackendError, match=r"needs a Python interpreter.*multiprocessing\.set_executable"):
+        render("x")
+
+
+def test_a_frozen_program_is_not_started_but_a_named_interpreter_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    python = sys.executable
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", python)
+    with pytest.raises(BackendError, match="needs a Python interpreter"):
+        render("x")
+    monkeypatch.setattr(sys, "executable", "/opt/app/python-editor")
+    assert render("x") == "x"
+
+
+def test_a_worker_that_cannot_start_is_not_the_templates_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "worker.py"
+    broken.write_text("import a_module_that_is_not_there")
+    monkeypatch.setattr(template, "_WORKER", broken)
+    with pytest.raises(BackendError, match=r"cannot be started .*a_module_that_is_not_there"):
+        render("x")
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", str(tmp_path / "python3"))
+    with pytest.raises(BackendError, match="cannot be started"):
+        render("x")
 
 
 def test_file_without_a_template_says_what_to_do(make_gguf: object, tmp_path: Path) -> None:
