@@ -11,7 +11,7 @@ from contextlib import closing
 
 from melt_edge.errors import BackendError, ConfigError, ContextOverflowError
 from melt_edge.runtime.base import Backend, Completion, FinishReason, SamplingParams, Timings
-from melt_edge.runtime.text import TextSplitter
+from melt_edge.runtime.text import TextSplitter, shown
 
 
 class TextStream(Iterator[str]):
@@ -80,7 +80,7 @@ def check_max_tokens(max_tokens: int | None) -> None:
     if max_tokens is None:
         return
     if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 0:
-        raise ConfigError(f"max_tokens is {max_tokens!r}, expected a whole number from 0, or None for no limit")
+        raise ConfigError(f"max_tokens is {shown(max_tokens)}, expected a whole number from 0, or None for no limit")
 
 
 def generate(

@@ -12,6 +12,7 @@ from melt_edge.runtime.llama import LlamaBackend
 from melt_edge.runtime.model import Model
 from melt_edge.runtime.options import LoadOptions
 from melt_edge.runtime.sampling import checked_seed
+from melt_edge.runtime.text import checked_path, shown
 
 BACKENDS: dict[str, Callable[[Path, LoadOptions], Backend]] = {"llama": LlamaBackend}
 
@@ -45,13 +46,13 @@ def load(
         machine cannot hold it; BackendUnavailableError or AbiMismatchError for the native library;
         BackendError with llama.cpp's own reason for whatever it still refuses.
     """
-    opened = BACKENDS.get(backend or "llama")
+    opened = BACKENDS.get(backend or "llama") if isinstance(backend, str | None) else None
     if opened is None:
-        raise BackendUnavailableError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+        raise BackendUnavailableError(f"backend is {shown(backend)}, expected one of {', '.join(BACKENDS)}")
     checked_seed(seed)
     return Model(
         opened(
-            Path(path),
+            checked_path(path, "path"),
             LoadOptions(
                 n_ctx=n_ctx,
                 chunk_size=chunk_size,

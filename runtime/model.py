@@ -19,7 +19,6 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -29,7 +28,7 @@ from melt_edge.errors import BackendError, ConfigError
 from melt_edge.runtime.base import Backend, Completion, FloatArray, Memory, ModelInfo, SamplingParams
 from melt_edge.runtime.generate import TextStream, check_fits, check_max_tokens, check_text_fits, generate
 from melt_edge.runtime.sampling import MAX_SEED, file_defaults, grammar_text, with_overrides
-from melt_edge.runtime.text import checked_stop
+from melt_edge.runtime.text import checked_path, checked_stop, shown
 
 Prompt = str | Sequence[int]
 
@@ -234,7 +233,7 @@ class Model:
             there before stays whole.
         """
         with self._lock:
-            self._backend().save_state(Path(path), force=force)
+            self._backend().save_state(checked_path(path, "path"), force=force)
 
     def load_state(self, path: str | os.PathLike[str]) -> None:
         """Replace the conversation by a saved one; continue it with ``append=True`` or ``chat``.
@@ -245,8 +244,9 @@ class Model:
         """
         with self._lock:
             backend = self._backend()
+            file = checked_path(path, "path")
             self._calls += 1
-            backend.load_state(Path(path))
+            backend.load_state(file)
 
     # -- about the model
 
@@ -313,7 +313,10 @@ class Model:
 
     def _checked_ids(self, tokens: Sequence[int]) -> list[int]:
         n_vocab = self._backend().info.n_vocab
-        ids = np.asarray(tokens)
+        try:
+            ids = np.asarray(tokens)
+        except (TypeError, ValueError, OverflowError) as err:
+            raise ConfigError(f"tokens are {shown(tokens)}, expected a list of token ids") from err
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ConfigError(f"tokens have shape {list(ids.shape)} and type {ids.dtype}, expected a list of token ids")
         foreign = ids[(ids < 0) | (ids >= n_vocab)] if ids.size else ids
@@ -370,6 +373,8 @@ class Model:
 
 
 def _utf8(text: str | bytes) -> bytes:
+    if not isinstance(text, str | bytes):
+        raise ConfigError(f"the text is {shown(text)}, expected str or bytes")
     if isinstance(text, bytes):
         return text.decode("utf-8", errors="replace").encode("utf-8")
     return text.encode("utf-8", errors="replace")  # lone surrogates

@@ -12,6 +12,7 @@ from melt_edge.runtime.base import ModelInfo
 from melt_edge.runtime.gguf_check import GGUFInfo, config_from_gguf
 from melt_edge.runtime.machine import usable_cores
 from melt_edge.runtime.memory import KV_TYPES
+from melt_edge.runtime.text import shown
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +146,10 @@ def _checked_chunk(chunk_size: int | None, trained: LoopConfig, n_ctx: int) -> i
 
 
 def _check_kv(kv_type: str, head_dim: int, flash_attn: bool | None) -> None:
-    if kv_type not in KV_TYPES:
-        raise ConfigError(f"kv_type is {kv_type!r}, expected one of {', '.join(KV_TYPES)}")
+    if not isinstance(kv_type, str) or kv_type not in KV_TYPES:
+        raise ConfigError(f"kv_type is {shown(kv_type)}, expected one of {', '.join(KV_TYPES)}")
+    if not isinstance(flash_attn, bool | None):
+        raise ConfigError(f"flash_attn is {shown(flash_attn)}, expected True, False or None")
     block = KV_TYPES[kv_type][1]
     if head_dim % block:
         raise ConfigError(
@@ -159,5 +162,5 @@ def _check_kv(kv_type: str, head_dim: int, flash_attn: bool | None) -> None:
 def _whole(name: str, value: object, low: int, high: int, high_name: str = "") -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         limit = f"{high_name} = {high}" if high_name else str(high)
-        raise ConfigError(f"{name} is {value!r}, expected a whole number from {low} to {limit}")
+        raise ConfigError(f"{name} is {shown(value)}, expected a whole number from {low} to {limit}")
     return value

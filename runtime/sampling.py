@@ -18,6 +18,7 @@ from melt_edge.errors import BackendError, ConfigError
 from melt_edge.runtime.base import FloatArray, SamplingParams
 from melt_edge.runtime.grammar import check_grammar
 from melt_edge.runtime.library import captured_log, import_llama_cpp, last_reason
+from melt_edge.runtime.text import shown
 
 MAX_SEED = 2**32 - 2  # the library takes 2**32 - 1 for "choose one yourself"
 
@@ -220,9 +221,9 @@ def _with(params: SamplingParams, name: str, value: Any, what: str) -> SamplingP
     assert name in {field.name for field in fields(SamplingParams)}
     low, high, whole = _RANGES[name]
     kinds = (int,) if whole else (int, float)
-    ok = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    ok = isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
     if not ok:
         kind = "a whole number" if whole else "a number"
-        raise ConfigError(f"{what} is {value!r}, expected {kind} from {low:g} to {high:g}")
+        raise ConfigError(f"{what} is {shown(value)}, expected {kind} from {low:g} to {high:g}")
     checked: dict[str, Any] = {name: value if whole else float(value)}
     return replace(params, **checked)

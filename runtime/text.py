@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from melt_edge.errors import ConfigError
 
@@ -55,8 +57,26 @@ class TextSplitter:
         return 0
 
 
+def shown(value: object) -> str:
+    """A value for a message, whatever a caller gave: at most 80 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write out numbers of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def checked_path(path: str | os.PathLike[str], what: str) -> Path:
+    """The path of a call. Raises: ConfigError for what cannot be one."""
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or "\0" in os.fspath(path):
+        raise ConfigError(f"{what} is {shown(path)}, expected a path as text")
+    return Path(path)
+
+
 def checked_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """The stop strings of a call as a tuple. Raises: ConfigError for an empty or non-text one."""
+    if not isinstance(stop, str | Iterable | None):
+        raise ConfigError(f"stop is {shown(stop)}, expected text or a list of texts")
     words = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for word in words:
         if not isinstance(word, str) or not word:

@@ -157,9 +157,40 @@ def test_bad_arguments_are_named(melt_gguf: Path, options: dict[str, Any], messa
         melt_edge.load(melt_gguf, **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({name: 10**5000} for name in ("n_ctx", "chunk_size", "loops", "n_threads", "n_gpu_layers", "seed")),
+        *({name: True} for name in ("n_ctx", "chunk_size", "loops", "n_threads", "n_gpu_layers", "seed")),
+        {"seed": 2**70},
+        {"kv_type": []},
+        {"flash_attn": "no"},
+    ],
+    ids=lambda options: f"{next(iter(options))}-{type(next(iter(options.values()))).__name__}",
+)
+def test_odd_arguments_are_typed_errors(melt_gguf: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"{next(iter(options))} is .*expected"):
+        melt_edge.load(melt_gguf, **options)
+
+
+@pytest.mark.parametrize("path", [5, None, b"model.gguf", "a\0b"])
+def test_what_is_no_path_is_a_typed_error(model: Model, path: Any) -> None:
+    for call in (melt_edge.load, model.save_state, model.load_state):
+        with pytest.raises(ConfigError, match=r"path is .*expected a path as text"):
+            call(path)
+
+
+def test_what_is_no_text_is_a_typed_error(model: Model) -> None:
+    for text in (None, 5, ["a"]):
+        with pytest.raises(ConfigError, match="expected str or bytes"):
+            model.tokenize(text)  # type: ignore[arg-type]
+
+
 def test_an_unknown_backend_is_named(melt_gguf: Path) -> None:
     with pytest.raises(BackendUnavailableError, match="backend is 'tpu', expected one of llama"):
         melt_edge.load(melt_gguf, backend="tpu")
+    with pytest.raises(BackendUnavailableError, match="backend is 5"):
+        melt_edge.load(melt_gguf, backend=5)  # type: ignore[arg-type]
 
 
 def test_a_cache_type_that_does_not_divide_the_head_is_refused(make_gguf: Callable[..., Path]) -> None:
@@ -324,7 +355,7 @@ def test_logits_take_pieces_larger_than_a_batch(melt_gguf: Path) -> None:
         assert np.allclose(whole[499], model.llama._ctx.get_logits_ith(-1)[:301], atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [[301], [-1], [1.5], [[1, 2]], ["a"]])
+@pytest.mark.parametrize("tokens", [[301], [-1], [1.5], [[1, 2]], ["a"], [[1, 2], [3]], [10**30], None])
 def test_foreign_token_ids_are_refused(model: Model, tokens: list[Any]) -> None:
     for call in (model.logits, model.generate, model.detokenize):
         with pytest.raises(ConfigError, match="token"):
