@@ -32,14 +32,14 @@ def load(
 ) -> Model:
     """Open a GGUF file of an Ouro or MELT model.
 
-    backend: "llama", the default. n_ctx: tokens the conversation can hold; None takes the file's own
-    length up to 4096, 0 all of it. chunk_size: tokens of a prompt computed together; None takes the
-    trained size for melt and 512 for ouro, where it changes speed alone. loops: passes over the layers,
-    1 to 64; None takes the trained number, another one is worth a try but costs quality. kv_type: what
-    the cache stores, f32, f16, q8_0 or q4_0. n_threads: None takes the physical cores this process may
-    use. n_gpu_layers: the file's layers to put on the GPU, the output layer first and then from the last
-    on; -1 means all, None all on a Mac with Metal and none elsewhere. seed: of every generation that is
-    not given one; None draws a new one each time. flash_attn: None lets the library choose.
+    backend: "llama", the default. n_ctx: tokens the conversation can hold; None takes the file's own length
+    up to 4096, 0 all of it. chunk_size: tokens of a prompt computed together; None takes the trained size for
+    melt and 512 for ouro, where it changes speed alone. loops: passes over the layers, 1 to 64, for ouro at
+    most 512 divided by its layers; None takes the trained number, another one is worth a try but costs
+    quality. kv_type: what the cache stores, f32, f16, q8_0 or q4_0. n_threads: None takes the physical cores
+    this process may use. n_gpu_layers: the file's layers to put on the GPU, the output layer first and then
+    from the last on; -1 means all, None all on a Mac with Metal and none elsewhere. seed: of every generation
+    that is not given one; None draws a new one each time. flash_attn: None lets the library choose.
 
     Raises: FormatError, SpecError or ConfigError for a file that is damaged, of another architecture, or
         has values outside what can run; ConfigError for an argument out of range; MemoryBudgetError if the

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from dataclasses import dataclass
 
-from melt_edge.config import MAX_LOOPS, LoopConfig
+from melt_edge.config import MAX_LOOPS, MAX_SLOTS, LoopConfig
 from melt_edge.errors import ConfigError
 from melt_edge.runtime.base import ModelInfo
 from melt_edge.runtime.gguf_check import GGUFInfo, config_from_gguf
@@ -118,7 +118,7 @@ def model_info(file: GGUFInfo, settings: Settings, *, backend: str) -> ModelInfo
 def _with_loops(trained: LoopConfig, loops: int | None) -> LoopConfig:
     if loops is None:
         return trained
-    config = trained.with_loops(_whole("loops", loops, 1, MAX_LOOPS))
+    config = trained.with_loops(_whole("loops", loops, 1, *_most_loops(trained)))
     if loops != trained.num_loops:
         logger.warning(
             "running with %d loops a model trained with %d: expect worse text, fewer loops first",
@@ -126,6 +126,14 @@ def _with_loops(trained: LoopConfig, loops: int | None) -> LoopConfig:
             trained.num_loops,
         )
     return config
+
+
+def _most_loops(trained: LoopConfig) -> tuple[int, str]:
+    """The most loops this model can run, and the reason where that is fewer than any model can."""
+    slots = MAX_SLOTS // trained.num_hidden_layers
+    if trained.shares_kv or slots >= MAX_LOOPS:
+        return MAX_LOOPS, ""
+    return slots, f"{MAX_SLOTS} layer slots in llama.cpp / {trained.num_hidden_layers} layers"
 
 
 def _checked_ctx(n_ctx: int | None, n_ctx_train: int) -> int:

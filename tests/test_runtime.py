@@ -193,6 +193,19 @@ def test_an_unknown_backend_is_named(melt_gguf: Path) -> None:
         melt_edge.load(melt_gguf, backend=5)  # type: ignore[arg-type]
 
 
+def test_the_loops_of_an_ouro_of_many_layers_end_earlier(make_gguf: Callable[..., Path]) -> None:
+    """It was the number of layers that the error blamed."""
+    deep = {"layers": 10, "hidden_size": 16, "n_head": 1, "n_head_kv": 1}
+    path = make_gguf(tiny_config("ouro", **deep))
+    expected = r"loops is 52, expected a whole number from 1 to 512 layer slots in llama\.cpp / 10 layers = 51"
+    with pytest.raises(ConfigError, match=expected):
+        melt_edge.load(path, loops=52)
+    with melt_edge.load(path, loops=51, n_threads=1) as model:
+        assert model.info.num_loops == 51
+    with melt_edge.load(make_gguf(tiny_config("melt", **deep)), loops=64, n_threads=1) as model:
+        assert model.info.num_loops == 64
+
+
 def test_a_cache_type_that_does_not_divide_the_head_is_refused(make_gguf: Callable[..., Path]) -> None:
     path = make_gguf(tiny_config("melt", head_dim=16))
     with pytest.raises(ConfigError, match="head size divisible by 32, this model's is 16"):
