@@ -40,7 +40,7 @@ endfunction()
 # melt_sources_sha256(<out>): changes with every byte of the patches and of our own sources. runtime/library.py
 # computes the same, and refuses a library that was built from others.
 function(melt_sources_sha256 out)
-    set(cpp ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/..)
+    cmake_path(GET CMAKE_CURRENT_FUNCTION_LIST_DIR PARENT_PATH cpp)
     file(GLOB files CONFIGURE_DEPENDS ${cpp}/patches/series ${cpp}/patches/*.patch ${cpp}/src/*.cpp ${cpp}/src/*.h)
     set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${files})
 
