@@ -98,10 +98,21 @@ def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
 
     Shapes: x (B, H, C, Dh), positions (C,).
     """
+    return rotate(x, *rope_angles(positions, x.shape[-1], theta, x.dtype))
+
+
+def rope_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every pair's angle. Shapes: positions (C,) -> two of (C, Dh/2)."""
+    half = head_dim // 2
+    device = "cpu" if positions.device.type == "mps" else positions.device  # Metal has no float64
+    freqs = theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    angles = positions.to(device, torch.float64)[:, None] * freqs  # (C, Dh/2)
+    return angles.cos().to(positions.device, dtype), angles.sin().to(positions.device, dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The half-split pairs turned by these angles. Shapes: x (B, H, C, Dh), cos and sin (C, Dh/2)."""
     half = x.shape[-1] // 2
-    freqs = theta ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
-    angles = positions.to(torch.float64)[:, None] * freqs  # (C, Dh/2)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     x1, x2 = x[..., :half], x[..., half:]
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
@@ -127,8 +138,12 @@ class KVGate(nn.Module):
             if self.init == "input":
                 return u
             h = torch.zeros_like(u)
-        z = torch.sigmoid(self.x_proj(u) + self.h_proj(h))
+        z = self.openness(u, h)
         return z * h + (1 - z) * u
+
+    def openness(self, u: Tensor, h: Tensor) -> Tensor:
+        """z, the share of the old latent that stays, 0 to 1. Shapes: u, h (B, C, D) -> (B, C, D)."""
+        return torch.sigmoid(self.x_proj(u) + self.h_proj(h))
 
 
 class Attention(nn.Module):
