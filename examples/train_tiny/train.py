@@ -27,18 +27,16 @@ from rich.table import Table
 from scoring import Score, score, view
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn import functional as F
 
 from melt_edge.checkpoint import save_checkpoint
 from melt_edge.config import LoopConfig
-from melt_edge.modeling import KVCache, LoopLM
+from melt_edge.distill.pretrain import loop_loss
+from melt_edge.modeling import LoopLM
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 # Cosine down to this share of the peak learning rate.
 FINAL_LR_SHARE = 0.02
 WARMUP_STEPS = 100
-# Weight of the exit distribution's entropy: keeps the gate from settling on one loop (Ouro, section 3).
-ENTROPY_WEIGHT = 0.1
 # Share of the batches that run with one cache row for all loops, and how many cuts those get.
 SHARED_KV_SHARE = 0.5
 MAX_CUTS = 4
@@ -122,34 +120,6 @@ def batches(rng: Random, tokenizer: Tokenizer, batch_size: int) -> Iterator[tupl
                 tokens[b, : len(row)] = torch.tensor(row)
                 is_answer[b, : len(row)] = torch.tensor(mask)
             yield tokens, is_answer
-
-
-def loop_loss(model: LoopLM, tokens: Tensor, is_answer: Tensor, cuts: list[int]) -> tuple[Tensor, Tensor]:
-    """The training loss, and the cross entropy of every loop's output (T,) in nats per answer token.
-
-    Ouro's objective, sum_t p_t L_t - beta H(p) with p the exit gate's distribution over the loops,
-    plus the last loop's own loss, which is the one that is read by default. Rows of earlier chunks
-    are those that the cache of ``model.config`` keeps. Source: arXiv 2510.25741, section 3.
-    """
-    cache = KVCache(model.config)
-    chunks = [model.forward_chunk(chunk, cache) for chunk in tokens[:, :-1].tensor_split(cuts, dim=1)]
-    wanted = is_answer[:, 1:]  # (B, n - 1): the next token is part of an answer
-    states = torch.cat([s for s, _ in chunks], dim=2)[:, wanted]  # (T, M, D), M answer tokens
-    exits = torch.cat([e for _, e in chunks], dim=2)[:, wanted]  # (T, M)
-    logits = model.lm_head(states)  # (T, M, V)
-    targets = tokens[:, 1:][wanted].expand(logits.shape[0], -1)  # (T, M)
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(exits)
-    p = exit_distribution(exits)
-    entropy = -(p * p.clamp_min(1e-9).log()).sum(0)  # (M,)
-    loss = losses[-1] + (p * losses).sum(0) - ENTROPY_WEIGHT * entropy
-    return loss.mean(), losses.mean(1).detach()
-
-
-def exit_distribution(exits: Tensor) -> Tensor:
-    """The chance that a token leaves at each loop; the last loop takes the rest. Shapes: (T, M) -> (T, M)."""
-    stays = torch.cumprod(1 - exits, dim=0)
-    before = torch.cat((torch.ones_like(stays[:1]), stays[:-1]))
-    return torch.cat((before[:-1] * exits[:-1], before[-1:]))
 
 
 def initialise(model: LoopLM, generator: torch.Generator) -> None:

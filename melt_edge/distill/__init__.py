@@ -1,0 +1,1 @@
+"""Training: a LoopLM becomes a MELT model in two phases, and the objective its teacher was trained with."""
