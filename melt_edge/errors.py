@@ -27,6 +27,10 @@ class ParityError(MeltError):
     """An exported file does not compute what the reference model computes."""
 
 
+class TrainingError(MeltError, RuntimeError):
+    """Training cannot go on, because a loss or a gradient is no finite number."""
+
+
 class ContextOverflowError(MeltError, ValueError):
     """The tokens do not fit into the context that the model was loaded with."""
 
