@@ -1,4 +1,4 @@
-"""Chains of variable assignments in shuffled order: ``c=b+4;h=6;a=9-c;e=c-1;b=3;a%10`` is 2.
+"""Chains of variable assignments in shuffled order: ``c=b+4;h=6;a=9-c;e=c-1;b=3;a%10=`` is 2.
 
 The shuffled order hides from one reading, left to right, what a variable is worth when it is used.
 A digit minus a variable turns every sign before it, so that the order of the steps counts: adding up
@@ -31,7 +31,7 @@ def draw(rng: Random, steps: int) -> Problem:
     for at in range(steps, len(names)):
         statements.append(f"{names[at]}={_distractor(rng, names[:at])}")
     rng.shuffle(statements)
-    asked = f"{names[steps - 1]}%10"
+    asked = f"{names[steps - 1]}%10="
     key = ";".join([*sorted(statements), asked])  # another order of the same assignments is the same problem
     return Problem(NAME, steps, ";".join([*statements, asked]), str(value), key)
 

@@ -1,4 +1,4 @@
-"""Nested arithmetic modulo 10: ``(9-((3+4)*7))%10`` is 0.
+"""Nested arithmetic modulo 10: ``(9-((3+4)*7))%10=`` is 0.
 
 A bracket is opened on either side of its digit, so the steps lie on both sides of the innermost sum
 and have to be taken from the inside out.
@@ -33,7 +33,7 @@ def draw(rng: Random, steps: int) -> Problem:
             operands.sort()  # 3+4 and 4+3 are the same problem
         key = f"({operator.join(operands)})"
         value = _result(operator, value, digit, digit_first)
-    return Problem(NAME, steps, f"{text}%10", str(value), key)
+    return Problem(NAME, steps, f"{text}%10=", str(value), key)
 
 
 def _pair(inner: str, digit: int, digit_first: bool) -> list[str]:
