@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,8 +12,8 @@ def kd_sum(student: Tensor, teacher: Tensor) -> Tensor:
 
     Shapes: logits (M, V) -> ().
     """
-    log_p = F.log_softmax(teacher.float(), dim=-1)
-    log_q = F.log_softmax(student.float(), dim=-1)
+    log_p = F.log_softmax(_wide(teacher), dim=-1)
+    log_q = F.log_softmax(_wide(student), dim=-1)
     return F.kl_div(log_q, log_p, log_target=True, reduction="sum")
 
 
@@ -22,5 +23,10 @@ def alignment_sum(student: Tensor, teacher: Tensor, present: Tensor) -> Tensor:
     (ours) The outputs are those after the output projection, before the norm that follows it.
     Shapes: outputs (T * N, B, C, D), present (B, C) bool -> ().
     """
-    squared = (student.float() - teacher.float()).square().sum(-1)  # (T * N, B, C)
+    squared = (_wide(student) - _wide(teacher)).square().sum(-1)  # (T * N, B, C)
     return (squared * present).sum() / len(squared)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: a sum of many bfloat16 values would lose most of them."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -108,7 +108,8 @@ def _run(
 @torch.no_grad()
 def _pieces(teacher: StudentLM, batch: Batch, plan: Plan) -> Iterator[_Piece]:
     """The chunks in order, the teacher run over as many at a time as fit into TEACHER_TOKENS."""
-    tokens, wanted, present = batch.tokens[:, :-1], batch.learned[:, 1:], batch.present[:, :-1]
+    # A row's last token is only predicted: where padding follows it is read too, but must not count.
+    tokens, wanted, present = batch.tokens[:, :-1], batch.learned[:, 1:], batch.present[:, 1:]
     cache = TransitionCache(teacher.config, alpha=0.0, record=plan.aligned)
     size = plan.chunk_size if plan.chunk_size != WHOLE else tokens.shape[1]
     block = size * max(1, TEACHER_TOKENS // size)
