@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +57,15 @@ def join_world(device: str) -> World:
     return World(dist.get_rank(), dist.get_world_size(), chosen)
 
 
-def leave_world(world: World) -> None:
-    """End the communication with the other processes."""
-    if world.size > 1 and dist.is_initialized():
-        dist.destroy_process_group()
+@contextmanager
+def joined_world(device: str) -> Iterator[World]:
+    """``join_world`` for the length of a block."""
+    world = join_world(device)
+    try:
+        yield world
+    finally:
+        if world.size > 1:
+            dist.destroy_process_group()
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
