@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
 from bpe import EOS, prompt_text
 from problems import Problem, is_correct
 from tokenizers import Tokenizer
 
 from melt_edge.config import LoopConfig
-from melt_edge.modeling import KVCache, LoopLM
-
-
-@dataclass(frozen=True)
-class Score:
-    """Right answers out of ``count``, with the Wilson interval of the share at 95 %."""
-
-    right: int
-    count: int
-
-    @property
-    def share(self) -> float:
-        """Right answers per question, 0..1."""
-        return self.right / self.count
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The bounds of the share. Source: Wilson (1927), z = 1.96."""
-        z2 = 1.96**2
-        middle = (self.right + z2 / 2) / (self.count + z2)
-        half = 1.96 / (self.count + z2) * math.sqrt(self.right * (self.count - self.right) / self.count + z2 / 4)
-        return max(0.0, middle - half), min(1.0, middle + half)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{100 * self.share:.1f} % ({self.right}/{self.count}, 95 %: {100 * low:.1f} to {100 * high:.1f})"
+from melt_edge.modeling import LoopLM
+from melt_edge.tasks.greedy import greedy as greedy_answers
+from melt_edge.tasks.score import Score
 
 
 def view(model: LoopLM, config: LoopConfig) -> LoopLM:
@@ -48,29 +22,10 @@ def view(model: LoopLM, config: LoopConfig) -> LoopLM:
     return other.eval()
 
 
-@torch.no_grad()
 def greedy(model: LoopLM, prompts: Sequence[Sequence[int]], max_tokens: int = 64) -> list[list[int]]:
-    """Greedy continuations up to the end token (left out), prompts of one length at a time.
-
-    The prompt is cut as the configuration says, then one token at a time, as generation does.
-    """
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(index)
-    answers: list[list[int]] = [[] for _ in prompts]
-    for indices in by_length.values():
-        cache = KVCache(model.config)
-        tokens = torch.tensor([list(prompts[i]) for i in indices])
-        running = torch.ones(len(indices), dtype=torch.bool)
-        for _ in range(max_tokens):
-            tokens = model(tokens, cache).logits[:, -1].argmax(-1, keepdim=True)  # (B, 1)
-            running &= tokens[:, 0] != EOS
-            if not running.any():
-                break
-            for row, index in enumerate(indices):
-                if running[row]:
-                    answers[index].append(int(tokens[row, 0]))
-    return answers
+    """Greedy continuations up to the end token (left out), in the order of the prompts."""
+    answers = dict(greedy_answers(model, prompts, end_tokens={EOS}, max_tokens=max_tokens))
+    return [answers[index] for index in range(len(prompts))]
 
 
 def score(model: LoopLM, tokenizer: Tokenizer, problems: Sequence[Problem]) -> dict[str, Score]:

@@ -55,7 +55,7 @@ def test_problems(name: str, seed: int, count: int, split: str = "test") -> list
     the others. The first problems of a longer list are those of a shorter one.
     Raises: ConfigError for an unknown task or split, or a count below 1.
     """
-    tasks = list(TASKS.values()) if name == ALL_TASKS else [_task(name)]
+    tasks = list(TASKS.values()) if name == ALL_TASKS else [_task(name, also=[ALL_TASKS])]
     if split not in ("test", "validation"):
         raise ConfigError(f"split is {split!r}, expected test or validation")
     if count < 1:
@@ -87,7 +87,7 @@ def _new_problem(rng: Random, task: Task, steps: int, split: str, known: dict[st
     return None
 
 
-def _task(name: str) -> Task:
+def _task(name: str, also: Sequence[str] = ()) -> Task:
     if name not in TASKS:
-        raise ConfigError(f"{name!r} is not a task, expected one of: {', '.join(TASKS)}")
+        raise ConfigError(f"{name!r} is not a task, expected one of: {', '.join([*TASKS, *also])}")
     return TASKS[name]
