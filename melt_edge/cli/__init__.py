@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from melt_edge.cli import chat, convert, demo, inspect, run, serve
+from melt_edge.cli import chat, convert, demo, distill, eval, inspect, run, serve
 from melt_edge.cli.errors import MeltGroup
 from melt_edge.cli.options import Debug
 
@@ -57,7 +57,9 @@ app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.add_typer(convert.export_app, name="export")
 app.command("quantize")(convert.quantize)
+app.command("distill")(distill.distill)
 app.command("inspect")(inspect.inspect)
+app.command("eval")(eval.evaluate)
 
 
 def main() -> None:
