@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from melt_edge import tasks
@@ -53,6 +53,7 @@ class Known:
 
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+@settings(deadline=None)
 def test_interval_holds_the_shares_that_the_count_does_not_contradict(counted: tuple[int, int]) -> None:
     """By its definition: at a bound p the share found lies 1.96 standard deviations of p away."""
     right, count = counted

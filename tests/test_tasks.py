@@ -11,7 +11,7 @@ from collections import Counter
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from melt_edge import tasks
@@ -51,6 +51,7 @@ def table(question: str) -> tuple[dict[str, str], str, int]:
 
 
 @given(SEEDS, STEPS)
+@settings(deadline=None)
 def test_chain_answer_is_what_python_computes(seed: int, steps: int) -> None:
     problem = TASKS["chain"].problem(Random(seed), steps)
     waiting, asked = assignments(problem.question)
@@ -64,6 +65,7 @@ def test_chain_answer_is_what_python_computes(seed: int, steps: int) -> None:
 
 
 @given(SEEDS, STEPS)
+@settings(deadline=None)
 def test_chain_depends_on_exactly_that_many_assignments_in_a_row(seed: int, steps: int) -> None:
     right_sides, name = assignments(TASKS["chain"].problem(Random(seed), steps).question)
     depth = 1
@@ -75,6 +77,7 @@ def test_chain_depends_on_exactly_that_many_assignments_in_a_row(seed: int, step
 
 
 @given(SEEDS, STEPS)
+@settings(deadline=None)
 def test_nested_answer_is_what_python_computes(seed: int, steps: int) -> None:
     problem = TASKS["nested"].problem(Random(seed), steps)
     assert problem.answer == str(eval(problem.question.removesuffix("=")))
@@ -82,6 +85,7 @@ def test_nested_answer_is_what_python_computes(seed: int, steps: int) -> None:
 
 
 @given(SEEDS, STEPS)
+@settings(deadline=None)
 def test_nested_holds_one_operation_inside_the_other(seed: int, steps: int) -> None:
     node = ast.parse(TASKS["nested"].problem(Random(seed), steps).question.removesuffix("="), mode="eval").body
     assert isinstance(node, ast.BinOp)
@@ -95,6 +99,7 @@ def test_nested_holds_one_operation_inside_the_other(seed: int, steps: int) -> N
 
 
 @given(SEEDS, STEPS)
+@settings(deadline=None)
 def test_pointers_answer_is_the_end_of_the_walk(seed: int, steps: int) -> None:
     problem = TASKS["pointers"].problem(Random(seed), steps)
     following, letter, length = table(problem.question)
@@ -105,6 +110,7 @@ def test_pointers_answer_is_the_end_of_the_walk(seed: int, steps: int) -> None:
 
 
 @given(SEEDS, STEPS)
+@settings(deadline=None)
 def test_pointers_have_no_shorter_way_backwards(seed: int, steps: int) -> None:
     following, start, _ = table(TASKS["pointers"].problem(Random(seed), steps).question)
     ring = [start]
@@ -141,6 +147,7 @@ def test_questions_are_short(name: str) -> None:
 
 
 @given(SEEDS, st.sampled_from([*TASKS]), st.integers(1, 3), SEEDS)
+@settings(deadline=None, max_examples=30)
 def test_training_problems_are_never_held_out_ones(seed: int, name: str, max_steps: int, other_seed: int) -> None:
     rng = Random(seed)
     training = [training_problem(rng, [name], max_steps) for _ in range(100)]
