@@ -25,7 +25,7 @@ TASK_PREFIX = "task:"
 # A piece of a text file is about one row long; a token of English takes about four bytes.
 _BYTES_PER_TOKEN = 4
 # Records tried for one batch before the data counts as holding nothing to learn.
-_MAX_FRUITLESS = 10_000
+_MAX_FRUITLESS = 1000
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,13 @@ class Batches:
 
     def __init__(self, settings: Settings, encoder: Encoder) -> None:
         self.settings = settings
-        self.pad_id = 0
         self.sources = open_sources(settings, encoder)
         self._place = 0  # records drawn when the current group began
         self._left: list[Row] = []  # what packing left over at that point
         self._group: list[list[Row]] = []
         self._taken = 0
         self._next: tuple[int, list[Row]] = (0, [])
+        self._fill()  # what is wrong with the data is told before a model is loaded
 
     def next_rows(self) -> list[Row]:
         """The rows of the next step, batch_size of them."""

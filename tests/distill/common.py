@@ -8,10 +8,10 @@ from random import Random
 
 import torch
 
+from melt_edge.config import LoopConfig
 from melt_edge.distill.distributed import World
 from melt_edge.distill.settings import Settings
 from melt_edge.distill.student import StudentLM, load_weights
-from melt_edge.config import LoopConfig
 from tiny import tiny_config, tiny_tensors
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
@@ -38,19 +38,28 @@ def write_prompts(path: Path, count: int = 40) -> Path:
     return path
 
 
-def tiny_settings(data: Path, **more: object) -> Settings:
+def write_texts(path: Path, count: int = 30) -> Path:
+    """A JSONL file of short texts."""
+    rng = Random(2)
+    lines = [json.dumps({"text": "".join(rng.choices("abc def ", k=rng.randint(5, 30)))}) for _ in range(count)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def tiny_settings(file: Path, **more: object) -> Settings:
     """Two steps of each phase on a few rows."""
     keys = {
-        "data": (str(data),),
-        "chunk_size": (1, 3),
+        "data": (str(file),),
+        "chunk_size": (3, 4),
         "transition_steps": 2,
         "alignment_steps": 2,
         "learning_rate": 1e-3,
         "gate_learning_rate": 1e-2,
         "warmup_steps": 1,
-        "sequence_length": 96,
+        "sequence_length": 12,
         "batch_size": 4,
-        "micro_batch_size": 2,
+        "micro_batch_size": 4,
+        "recompute_chunks": False,
         "save_every": 1,
         "precision": "float32",
     }
