@@ -87,6 +87,6 @@ def test_a_device_that_is_not_there_is_told() -> None:
     with pytest.raises(ConfigError, match="device 'tpu' is unknown; expected auto, cpu, cuda or mps"):
         pick_device("tpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="device 'cuda' is not there .* use --device cpu"):
+        with pytest.raises(ConfigError, match=r"device 'cuda' is not there .* use --device cpu"):
             pick_device("cuda")
     assert pick_device("cpu") == torch.device("cpu")
