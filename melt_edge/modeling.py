@@ -269,7 +269,7 @@ class LoopLM(nn.Module):
         Shapes: tokens (B, n) int64 -> logits (B, n, V).
         """
         config = self.config
-        cache = KVCache(config) if cache is None else cache
+        cache = self.new_cache() if cache is None else cache
         if chunk_size is None:
             chunk_size = config.chunk_size if config.shares_kv else tokens.shape[1]
         hidden, exit_probs = [], []
@@ -279,6 +279,10 @@ class LoopLM(nn.Module):
             exit_probs.append(probs)
         x = torch.cat(hidden, dim=1)
         return LoopOutput(self.lm_head(x), x, torch.cat(exit_probs, dim=2))
+
+    def new_cache(self) -> KVCache:
+        """An empty cache of the kind that this model's attention reads."""
+        return KVCache(self.config)
 
 
 def select_exit(states: Tensor, exit_probs: Tensor, threshold: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from melt_edge.config import LoopConfig
 from melt_edge.distill.gates import ScalarGate, make_gate
-from melt_edge.modeling import Attention, KVCache, KVGate, LoopLM, LoopOutput, rope_angles, rotate
+from melt_edge.modeling import Attention, KVCache, KVGate, LoopLM, rope_angles, rotate
 
 # The keys and values of one chunk: (MELT's stream, layer) or (the LoopLM's stream, loop and layer) -> K, V.
 MELT, LOOP = "melt", "loop"
@@ -124,7 +124,8 @@ class StudentAttention(Attention):
 
     def __init__(self, config: LoopConfig, gate: nn.Module | None) -> None:
         super().__init__(replace(config, kv_gate="none"))
-        self.kv_gate = gate
+        if gate is not None:
+            self.add_module("kv_gate", gate)
 
     def forward(
         self, u: Tensor, h: Tensor | None, cache: KVCache, slot: int, positions: Tensor
@@ -150,7 +151,7 @@ class StudentAttention(Attention):
         return rotate(self._heads(self.k_proj(source)), cos, sin), self._heads(self.v_proj(source))
 
     def _latent(self, u: Tensor, h: Tensor | None, loop_idx: int, cache: TransitionCache) -> Tensor:
-        gate = self.kv_gate
+        gate: nn.Module | None = getattr(self, "kv_gate", None)
         if gate is None:
             return u
         if cache.gate_means is not None and isinstance(gate, (KVGate, ScalarGate)):
@@ -164,7 +165,8 @@ class StudentAttention(Attention):
 class StudentLM(LoopLM):
     """A LoopLM whose attention mixes two streams: the student at any alpha, and the teacher at 0.
 
-    Parameter names are the checkpoint's; ``forward`` runs MELT's computation unless a cache says otherwise.
+    Parameter names are the checkpoint's; ``forward`` runs what the configuration names unless a cache says
+    otherwise.
     """
 
     def __init__(self, config: LoopConfig, gate: str, *, ema_decay: float = 0.5) -> None:
@@ -183,13 +185,8 @@ class StudentLM(LoopLM):
         logits: Tensor = self.lm_head(states[-1][wanted])
         return logits
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, *, chunk_size: int | None = None) -> LoopOutput:
-        """As LoopLM.forward, with a cache at alpha = 1 for a MELT and 0 for an Ouro unless one is given."""
-        cache = self.new_cache() if cache is None else cache
-        return super().forward(tokens, cache, chunk_size=chunk_size)
-
     def new_cache(self) -> TransitionCache:
-        """An empty cache of the computation that the configuration names."""
+        """An empty cache at alpha = 1 for a MELT, at 0 for an Ouro."""
         return TransitionCache(self.config, alpha=1.0 if self.config.shares_kv else 0.0)
 
 

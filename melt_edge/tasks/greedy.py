@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
-from melt_edge.modeling import KVCache, LoopLM
+from melt_edge.modeling import LoopLM
 
 # Prompts that run together: enough for a matrix product to be worth it, few enough for progress to be seen.
 BATCH = 128
@@ -40,7 +40,7 @@ def greedy(
 def _continue(
     model: LoopLM, rows: list[list[int]], end_tokens: Collection[int], max_tokens: int, chunk_size: int | None
 ) -> list[list[int]]:
-    cache = KVCache(model.config)
+    cache = model.new_cache()
     tokens = torch.tensor(rows, device=model.lm_head.weight.device)
     answers: list[list[int]] = [[] for _ in rows]
     running = set(range(len(rows)))
