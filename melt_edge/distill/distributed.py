@@ -115,6 +115,15 @@ def like(value: Tensor, pattern: Tensor) -> Tensor:
     return value
 
 
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """All weights of a model, whole, on the CPU."""
-    return {name: full_tensor(p.detach()).cpu() for name, p in model.named_parameters()}
+def collect(value: Tensor, world: World) -> Tensor:
+    """A whole tensor on the CPU of the main process; the others help to put it together and get nothing.
+
+    One copy of the optimizer's state is enough for a machine's memory.
+    """
+    whole = full_tensor(value.detach())
+    return whole.cpu() if world.is_main else torch.empty(0)
+
+
+def collect_weights(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """All weights of a model, as ``collect`` gives them."""
+    return {name: collect(parameter, world) for name, parameter in model.named_parameters()}

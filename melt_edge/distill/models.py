@@ -13,7 +13,7 @@ from torch import Tensor
 
 from melt_edge.checkpoint import Checkpoint, save_checkpoint
 from melt_edge.config import LoopConfig, read_json_object
-from melt_edge.distill.gates import ScalarGate, start_gate
+from melt_edge.distill.gates import EmaGate, ScalarGate, start_gate
 from melt_edge.distill.settings import GATES, Settings
 from melt_edge.distill.student import StudentLM, load_weights, student_config
 from melt_edge.errors import ConfigError
@@ -122,7 +122,7 @@ def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _ema_decay(student: StudentLM) -> float:
-    return float(getattr(student.model.layers[0].self_attn.kv_gate, "decay", 0.0))
+    return next((gate.decay for gate in student.modules() if isinstance(gate, EmaGate)), 0.0)
 
 
 def _write_json(path: Path, keys: dict[str, Any]) -> None:

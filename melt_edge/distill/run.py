@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from melt_edge.distill.data import Batches
-from melt_edge.distill.distributed import World, full_state
+from melt_edge.distill.distributed import World, collect_weights
 from melt_edge.distill.log import StepLog
 from melt_edge.distill.models import make_student, make_teacher, open_teacher, save_student
 from melt_edge.distill.settings import Settings
@@ -81,7 +81,7 @@ def distill(
             report(step)
 
     trainer.run(folder, told)
-    weights = full_state(trainer.student)
+    weights = collect_weights(trainer.student, world)
     if world.is_main:
         save_student(output, trainer.student, weights, checkpoint, force=force or resume)
     world.wait()

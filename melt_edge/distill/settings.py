@@ -52,10 +52,9 @@ def _flag(default: bool) -> Any:
 
 
 def _chunk_sizes(value: object) -> object:
-    sizes = (value,) if isinstance(value, int) else value
-    ok = isinstance(sizes, (list, tuple)) and len(sizes) > 0
-    if ok and all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**31 for s in sizes):  # type: ignore[union-attr]
-        return tuple(sizes)  # type: ignore[arg-type]
+    sizes = value if isinstance(value, (list, tuple)) else (value,)
+    if sizes and all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**31 for s in sizes):
+        return tuple(sizes)
     return _Wrong("a chunk size, or a list of them to draw one from for every batch; 0 is the whole sequence")
 
 

@@ -41,11 +41,14 @@ class TrainingState:
 
 
 def save_state(folder: Path, state: TrainingState) -> Path:
-    """Write a state into the run's folder and remove older ones; returns its folder."""
+    """Write a state into the run's folder and remove older ones; returns its folder.
+
+    Raises: ConfigError if it cannot be written; the older ones stay.
+    """
     path = folder / f"{_PREFIX}{state.step:08d}"
     with atomic_folder(path, force=True) as part:
-        save_file({name: t.contiguous() for name, t in state.weights.items()}, part / _WEIGHTS)
-        save_file({name: t.contiguous() for name, t in state.optimizer.items()}, part / _OPTIMIZER)
+        _save(state.weights, part / _WEIGHTS)
+        _save(state.optimizer, part / _OPTIMIZER)
         keys = {
             "version": VERSION,
             "step": state.step,
@@ -97,6 +100,13 @@ def check_settings(state: TrainingState, settings: Mapping[str, Any], teacher: s
             )
     if state.teacher != teacher:
         raise ConfigError(f"{source}: the run began with another teacher; give that one, or start anew with --force")
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as err:
+        raise ConfigError(f"{path}: cannot be written ({err}); make room, then continue with --resume") from err
 
 
 def _states(folder: Path) -> list[Path]:

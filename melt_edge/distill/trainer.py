@@ -14,7 +14,7 @@ import torch
 
 from melt_edge.distill import schedule
 from melt_edge.distill.data import Batch, Batches, collate
-from melt_edge.distill.distributed import World, full_state, full_tensor, like, shard
+from melt_edge.distill.distributed import World, collect, collect_weights, full_tensor, like, shard
 from melt_edge.distill.settings import Settings
 from melt_edge.distill.state import TrainingState, save_state
 from melt_edge.distill.student import StudentLM, is_gate_parameter
@@ -96,16 +96,21 @@ class Trainer:
         self.step = state.step
 
     def state(self) -> TrainingState:
-        """Everything needed to go on, whole in every process."""
+        """Everything needed to go on, in the main process; all of them have to call it."""
         optimizer = {
-            f"{key}/{name}": full_tensor(self.optimizer.state[parameter][key]).cpu()
+            f"{key}/{name}": collect(self.optimizer.state[parameter][key], self.world)
             for name, parameter in self.student.named_parameters()
             for key in MOMENTS
             if self.optimizer.state.get(parameter)
         }
         settings = self.settings.to_dict()
         return TrainingState(
-            self.step, full_state(self.student), optimizer, self.batches.state(), settings, self.teacher_id
+            self.step,
+            collect_weights(self.student, self.world),
+            optimizer,
+            self.batches.state(),
+            settings,
+            self.teacher_id,
         )
 
     def run(self, folder: Path, report: Callable[[Report], None]) -> None:
@@ -216,9 +221,9 @@ def _autocast(precision: str, device: torch.device) -> AbstractContextManager[An
 def multiplies_bfloat16(device: torch.device) -> bool:
     """True if the hardware has bfloat16 matrix products; emulated ones are slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
-        able = getattr(torch.cpu, "get_capabilities", dict)()
+        able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
     return False
 
