@@ -20,7 +20,10 @@ from melt_edge.cli import app
 from tiny import tiny_config
 
 MakeCheckpoint = Callable[..., Path]
-COMMANDS = (["demo"], ["export", "gguf"], ["quantize"], ["inspect"], ["run"], ["chat"], ["serve"], ["eval"])
+COMMANDS = (
+    *(["demo"], ["export", "gguf"], ["quantize"], ["distill"], ["inspect"]),
+    *(["run"], ["chat"], ["serve"], ["eval"]),
+)
 
 
 def cli(*args: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
