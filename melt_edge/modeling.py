@@ -90,6 +90,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (..., D) -> (..., D)."""
+        x = x.to(self.weight.dtype)  # under autocast a linear layer's output is narrower than the weight
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 

@@ -12,7 +12,7 @@ from melt_edge.distill.distributed import World, collect_weights
 from melt_edge.distill.log import StepLog
 from melt_edge.distill.models import make_student, make_teacher, open_teacher, save_student
 from melt_edge.distill.settings import Settings
-from melt_edge.distill.state import check_settings, load_state, remove_leftovers
+from melt_edge.distill.state import check_settings, has_state, load_state, remove_leftovers
 from melt_edge.distill.text import Encoder
 from melt_edge.distill.trainer import Report, Trainer
 from melt_edge.errors import ConfigError
@@ -94,9 +94,9 @@ def _check_folders(output: Path, folder: Path, *, resume: bool, force: bool) -> 
         raise ConfigError(f"{output}: its folder does not exist; create {output.parent} first")
     if output.is_file():
         raise ConfigError(f"{output}: is a file, expected the name of a folder; choose another path")
-    if resume or force:
+    if force:
         return
-    if output.exists():
+    if output.exists() and not (resume and has_state(folder)):
         raise ConfigError(f"{output}: exists already; choose another path or overwrite it with --force")
-    if folder.exists() and any(folder.iterdir()):
+    if not resume and folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: holds a run already; continue it with --resume or overwrite it with --force")

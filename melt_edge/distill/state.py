@@ -83,6 +83,11 @@ def load_state(folder: Path) -> TrainingState | None:
     return state
 
 
+def has_state(folder: Path) -> bool:
+    """True if there is a run to continue."""
+    return bool(_states(folder))
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed writer left under temporary names."""
     for part in folder.glob(f".{_PREFIX}*.part"):

@@ -208,6 +208,10 @@ def test_nothing_is_overwritten_unasked(teacher: Path, texts: Path, tmp_path: Pa
     run(teacher, tmp_path / "melt", settings)
     with pytest.raises(ConfigError, match="exists already; choose another path or overwrite it with --force"):
         run(teacher, tmp_path / "melt", settings)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match="mine: exists already"):  # there is no run that could be continued
+        run(teacher, tmp_path / "mine", settings, resume=True)
+    assert run(teacher, tmp_path / "melt", settings, resume=True) == []  # done already, written again
     run(teacher, tmp_path / "other", settings, stop_after=1)
     with pytest.raises(ConfigError, match=r"other\.train: holds a run already; continue it with --resume"):
         run(teacher, tmp_path / "other", settings)
@@ -289,6 +293,17 @@ def test_an_experiments_gate_is_trained_read_again_and_never_exported(
         export_gguf(tmp_path / "melt", tmp_path / "melt.gguf", type="f32")
 
 
+def test_a_tied_head_stays_tied(texts: Path, tmp_path: Path) -> None:
+    teacher = tiny_checkpoint(tmp_path / "ouro", small_teacher(tied=True))
+    run(teacher, tmp_path / "melt", tiny_settings(texts, save_every=2), stop_after=3)
+    run(teacher, tmp_path / "melt", tiny_settings(texts, save_every=2), resume=True)
+    run(teacher, tmp_path / "whole", tiny_settings(texts, save_every=2))
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "melt"))
+    assert "lm_head.weight" not in a
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["model.embed_tokens.weight"], load_model(teacher).lm_head.weight)
+
+
 def test_without_a_gate_the_last_loops_row_is_kept(teacher: Path, texts: Path, tmp_path: Path) -> None:
     run(teacher, tmp_path / "melt", tiny_settings(texts, gate="none", transition_steps=1, alignment_steps=1))
     assert load_model(tmp_path / "melt").config.kv_gate == "none"
@@ -298,8 +313,6 @@ def test_without_a_gate_the_last_loops_row_is_kept(teacher: Path, texts: Path, t
     "changes",
     [{"transition_steps": 0}, {"beta": 0.0}, {"chunk_size": (0,)}, {"gate_init": "input"}, {"precision": "bfloat16"}],
 )
-# a norm's weights stay float32 under autocast, and torch says that this is not its fastest way
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 def test_ablations_run(teacher: Path, texts: Path, tmp_path: Path, changes) -> None:
     reports = run(teacher, tmp_path / "melt", tiny_settings(texts, alignment_steps=1, **changes))
     assert len(reports) == tiny_settings(texts, alignment_steps=1, **changes).total_steps
