@@ -22,11 +22,11 @@ STEPS = st.integers(1, 8)
 SEEDS = st.integers(0, 2**32)
 GOLDEN = [
     "a=7;p=b+8;b=9;a%10=",
-    "(6+5)%10=",
-    "h>n;e>d;c>m;n>l;l>c;o>h;g>o;m>e;d>f;f>g;g>1=",
-    "c=h-8;i=g+8;g=8;h=8-g;h%10=",
-    "((9-5)+3)%10=",
-    "k>h;p>j;g>p;j>n;a>m;m>i;n>l;h>a;l>k;i>g;j>2=",
+    "i>f;e>d;f>m;p>k;j>p;n>i;d>j;l>e;m>l;k>n;p>1=",
+    "e=1-j;j=1;n=e+8;h=e+1;e%10=",
+    "(9*(4+6))%10=",
+    "b>e;c>p;a>h;e>d;o>b;h>n;p>o;j>c;n>j;d>a;n>2=",
+    "b=7;j=6-b;f=n+6;n=j+7;p=7-f;n%10=",
 ]
 
 
@@ -181,7 +181,7 @@ def test_held_out_problems_are_different_and_spread_over_the_steps(name: str, sp
     assert len({p.question for p in problems}) == len(problems) == 1000
     assert {p.split for p in problems} == {split}
     counts = Counter(p.steps for p in problems)
-    assert set(counts) == set(range(1, 9))
+    assert set(counts) == set(range(2 if name == "nested" else 1, 9))  # nested's table of one step is all trained on
     assert min(counts[steps] for steps in range(2, 9)) >= 120
     if name == "all":
         assert min(Counter(p.task for p in problems).values()) >= 250

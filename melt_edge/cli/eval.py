@@ -57,7 +57,7 @@ def evaluate(
 ) -> None:
     """Count how many problems that need several dependent steps a model answers.
 
-    Three tasks, each with 1 to 8 steps, generated and never part of training:
+    Three tasks, each with up to 8 steps, generated and never part of training:
 
       chain      c=b+4;h=6;a=9-c;e=c-1;b=3;a%10=   answer 2, 3 steps
       nested     (9-((3+4)*7))%10=                 answer 0, 3 steps

@@ -51,8 +51,8 @@ def training_problem(rng: Random, names: Sequence[str] | None = None, max_steps:
 def test_problems(name: str, seed: int, count: int, split: str = "test") -> list[Problem]:  # noqa: PT028 no test
     """``count`` different held-out problems of a task, or of "all": every number of steps in turn.
 
-    A number of steps that has no more problems (one step of nested has about thirty) leaves its turn to
-    the others. The first problems of a longer list are those of a shorter one.
+    A number of steps that has no more problems (nested has none of one step) leaves its turn to the
+    others. The first problems of a longer list are those of a shorter one.
     Raises: ConfigError for an unknown task or split, or a count below 1.
     """
     tasks = list(TASKS.values()) if name == ALL_TASKS else [_task(name, also=[ALL_TASKS])]

@@ -19,7 +19,7 @@ def draw(rng: Random, steps: int) -> Problem:
     """An expression of ``steps`` operations, each inside the next one's bracket.
 
     The first digit is uniform and every operation is one to one modulo 10, so all ten answers are equally
-    likely.
+    likely. Problems of one step are the table of the operations, a few hundred, and never held out.
     """
     value = rng.randrange(10)
     text = key = str(value)
@@ -33,7 +33,7 @@ def draw(rng: Random, steps: int) -> Problem:
             operands.sort()  # 3+4 and 4+3 are the same problem
         key = f"({operator.join(operands)})"
         value = _result(operator, value, digit, digit_first)
-    return Problem(NAME, steps, f"{text}%10=", str(value), key)
+    return Problem(NAME, steps, f"{text}%10=", str(value), key, elementary=steps == 1)
 
 
 def _pair(inner: str, digit: int, digit_first: bool) -> list[str]:
