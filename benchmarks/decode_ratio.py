@@ -19,67 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
-
 import melt_edge
-from melt_edge.config import LoopConfig
-from melt_edge.export.metadata import add_config
-from melt_edge.names import gguf_name
-from melt_edge.spec import tensor_specs
+from melt_edge.compare.random_model import write_random_gguf
+from melt_edge.compare.shapes import shape_config
 from provenance import provenance
 
 LIMITS = {"melt": 4.3, "ouro": 3.8}
 ROUNDS, N_TOKENS, N_THREADS = 5, 16, 2
-
-
-def shape(model_type: str, *, tiny: bool = False) -> LoopConfig:
-    """Ouro-1.4B, or MELT-1.6B, which adds the gates; tiny: two narrow layers, to try the script."""
-    return LoopConfig(
-        model_type=model_type,
-        hidden_size=128 if tiny else 2048,
-        num_hidden_layers=2 if tiny else 24,
-        num_attention_heads=2 if tiny else 16,
-        num_key_value_heads=2 if tiny else 16,
-        head_dim=64 if tiny else 128,
-        intermediate_size=256 if tiny else 5632,
-        vocab_size=512 if tiny else 49152,
-        num_loops=4,
-        kv_gate="elementwise" if model_type == "melt" else "none",
-    )
-
-
-def write_random_gguf(path: Path, config: LoopConfig) -> None:
-    """A Q4_0 file with random weights; its vocabulary is the 256 bytes and numbered fillers."""
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, config.model_type)
-    add_config(writer, config, exit_gate=True)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
-    writer.add_quantization_version(2)
-    alphabet = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]
-    alphabet += [chr(256 + i) for i in range(256 - len(alphabet))]
-    fillers = [f"<filler{i}>" for i in range(config.vocab_size - 258)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<end>", *alphabet, *fillers, "aa"])
-    writer.add_token_types([3, *[1] * 256, *[5] * len(fillers), 1])
-    writer.add_token_merges(["a a"])
-    writer.add_eos_token_id(0)
-
-    for name, spec in tensor_specs(config).items():
-        if len(spec.shape) == 1 or spec.role in ("norm", "bias", "exit"):
-            values = np.ones(spec.shape, np.float32) if spec.role == "norm" else np.zeros(spec.shape, np.float32)
-            writer.add_tensor(gguf_name(name), values)
-            continue
-        rows, columns = spec.shape
-        blocks = rng.integers(0, 256, (rows, columns // 32, 18), np.uint8)  # a float16 scale, then 32 nibbles
-        blocks[:, :, :2] = np.float16(0.2 / columns**0.5).reshape(1).view(np.uint8)
-        data = blocks.reshape(rows, -1)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def decode_ms(model: melt_edge.Model, seed: int) -> float:
@@ -93,7 +39,7 @@ def measure(folder: Path, *, tiny: bool) -> dict[str, Any]:
     paths = {arch: folder / f"{arch}.gguf" for arch in ("ouro", "melt")}
     for arch, path in paths.items():
         print(f"writing random weights of the {arch} shape ...", flush=True)
-        write_random_gguf(path, shape(arch, tiny=tiny))
+        write_random_gguf(path, shape_config("tiny" if tiny else "ouro-1.4b", arch))
     # one pass over Ouro's layers is the dense model of the same layers
     models = {
         "dense": melt_edge.load(paths["ouro"], loops=1, n_ctx=512, n_threads=N_THREADS),
