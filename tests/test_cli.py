@@ -24,6 +24,7 @@ COMMANDS = (
     *(["demo"], ["export", "gguf"], ["quantize"], ["distill"], ["inspect"]),
     *(["run"], ["chat"], ["serve"], ["eval"]),
 )
+COMMANDS = (["demo"], ["export", "gguf"], ["quantize"], ["inspect"], ["run"], ["chat"], ["serve"], ["compare"])
 
 
 def cli(*args: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:

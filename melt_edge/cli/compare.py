@@ -1,0 +1,267 @@
+"""`melt-edge compare`: MELT, Ouro and a dense model side by side, each point measured in a process of its own."""
+
+from __future__ import annotations
+
+import platform
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from melt_edge.cli.console import err, human_bytes, note, out, print_json, progress_bar, safe
+from melt_edge.cli.options import Debug, Force, Json, Threads, check_new_file, model_file, option
+from melt_edge.errors import BackendUnavailableError
+
+if TYPE_CHECKING:
+    from melt_edge.compare.points import Contender, Point, Row
+
+_DEFAULT_LOOPS = [1, 2, 4]
+_MODELS, _GRID, _OUTPUT = "What is compared", "Points", "Output"
+
+
+def compare(
+    models: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="MODEL", show_default=False, help="GGUF files of an Ouro or MELT, or ouro-tiny."),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        option("--shape", metavar="NAME", panel=_MODELS, help="Random weights of ouro-1.4b, ouro-2.6b or tiny."),
+    ] = None,
+    weights: Annotated[
+        str,
+        option("--type", metavar="TYPE", panel=_MODELS, show=True, help="Type of these weights: q4_0, q8_0 or f16."),
+    ] = "q4_0",
+    share_kv: Annotated[
+        bool, option("--share-kv", panel=_MODELS, help="Each Ouro file also with one cache row for all loops.")
+    ] = False,
+    cache_dir: Annotated[
+        Path | None,
+        option("--cache-dir", metavar="DIR", panel=_MODELS, help="Keeps random weights. (default: the user's cache)"),
+    ] = None,
+    loops: Annotated[
+        str | None,
+        option(
+            "--loops", metavar="N,N", panel=_GRID, help="Numbers of loops. (default: a file's own; 1,2,4 for --shape)"
+        ),
+    ] = None,
+    ctx: Annotated[
+        str, option("--ctx", metavar="N,N", panel=_GRID, show=True, help="Contexts to fill, in tokens; 4k is 4096.")
+    ] = "1k",
+    kv_type: Annotated[
+        str, option("--kv-type", metavar="T,T", panel=_GRID, show=True, help="Cache types: f32, f16, q8_0, q4_0.")
+    ] = "f16",
+    backend: Annotated[str, option("--backend", metavar="B,B", panel=_GRID, show=True, help="Backends.")] = "llama",
+    threads: Threads = None,
+    n_decode: Annotated[
+        int,
+        option("--n-decode", metavar="N", min=1, panel=_GRID, show=True, help="Tokens decoded at a context's end."),
+    ] = 32,
+    time_limit: Annotated[
+        float, option("--time-limit", metavar="S", min=1.0, panel=_GRID, show=True, help="Seconds for one point.")
+    ] = 3600.0,
+    csv_file: Annotated[
+        Path | None, option("--csv", metavar="FILE", panel=_OUTPUT, help="Write a line per point.")
+    ] = None,
+    plot_file: Annotated[
+        Path | None,
+        option("--plot", metavar="FILE", panel=_OUTPUT, help="Draw a .png or .svg; needs the extra 'plot'."),
+    ] = None,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Measure memory and speed of MELT, Ouro and a dense model, side by side.
+
+    Each point is a fresh process that loads the model, fills the context to its
+    stated length with random tokens and decodes the last of them. Bytes are the
+    library's own figures, resident sets the system's. A point that does not fit
+    into memory is skipped, and its computed size is shown with a ~.
+
+    --shape writes random weights of a published model's size once (1.6 B in
+    Q4_0: 0.9 GB for each of the two), so no real weights are needed. The dense
+    model is Ouro with one loop. Ctrl-C keeps what has been measured.
+
+    Examples:
+
+      melt-edge compare --shape ouro-1.4b --loops 1,2,4 --ctx 1k,4k
+      melt-edge compare --shape tiny --plot tiny.png --csv tiny.csv
+      melt-edge compare ouro.gguf melt.gguf --kv-type f16,q8_0
+      melt-edge compare ouro.gguf --share-kv --json
+    """
+    if not models and shape is None:
+        raise typer.BadParameter("nothing to compare: give model files, or --shape ouro-1.4b for random weights")
+    counts = _DEFAULT_LOOPS if shape is not None else None
+    if loops is not None:
+        counts = _numbers("--loops", loops, 64)
+    lengths, kv_types, backends = _numbers("--ctx", ctx, 2**20), _names(kv_type), _names(backend)
+    _check_names(kv_types, backends)
+    _check_outputs(csv_file, plot_file, force=force)
+
+    from melt_edge.compare.points import grid
+    from melt_edge.runtime.machine import usable_cores
+
+    with _contenders(models or [], shape, weights, share_kv, cache_dir) as found:
+        points = grid(
+            found,
+            loops=counts,
+            n_ctx=lengths,
+            kv_types=kv_types,
+            backends=backends,
+            n_decode=n_decode,
+            n_threads=threads or usable_cores(),
+        )
+        rows: list[Row] = []
+        try:
+            _measure(points, rows, time_limit)
+        except KeyboardInterrupt:
+            note(f"stopped: {len(rows)} of {len(points)} points are done")
+            _report(rows, as_json, csv_file, plot_file, complete=False)
+            raise
+        _report(rows, as_json, csv_file, plot_file, complete=True)
+
+
+@contextmanager
+def _contenders(
+    models: list[Path], shape: str | None, weights: str, share_kv: bool, cache_dir: Path | None
+) -> Iterator[list[Contender]]:
+    """The files to compare; those that are only made for this run are removed at its end."""
+    from melt_edge.compare.points import contenders
+    from melt_edge.compare.random_model import check_disk, default_cache_dir, make_folder, random_model
+    from melt_edge.compare.shapes import shape_config
+    from melt_edge.export.share_kv import share_kv_gguf
+
+    folder = cache_dir or default_cache_dir()
+    found: list[Contender] = []
+    with ExitStack() as stack:
+        for path in map(model_file, models):
+            name = path.stem if all(path.stem != other.name for other in found) else str(path)
+            roles = contenders(path, name)
+            found += roles
+            if share_kv and not roles[-1].config.shares_kv:
+                make_folder(folder)
+                check_disk(folder, path.stat().st_size)
+                temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="share-kv-", dir=folder))
+                found += contenders(share_kv_gguf(path, Path(temporary) / path.name), name)
+        if shape is not None:
+            for arch in ("ouro", "melt"):
+                config = shape_config(shape, arch)
+                with progress_bar() as progress:
+                    file = random_model(shape, config, folder, type=weights, progress=progress)
+                found += contenders(file, shape)
+        yield found
+
+
+def _measure(points: list[Point], rows: list[Row], limit_s: float) -> None:
+    """Append the row of each point as it is done, with a line on standard error."""
+    from melt_edge.compare.measure import measure_point
+
+    console = err()
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=len(points))
+        for point in points:
+            progress.update(task, description=escape(safe(str(point))))
+            row = measure_point(point, limit_s=limit_s)
+            rows.append(row)
+            progress.advance(task)
+            progress.console.print(
+                f"  [cyan]{escape(safe(str(point))):<44}[/] {escape(safe(_outcome(row)))}", soft_wrap=True
+            )
+
+
+def _outcome(row: Row) -> str:
+    if row.status != "measured":
+        return f"{row.status}: {row.reason}"
+    return f"cache {human_bytes(row.kv_bytes or 0)}, {row.decode_tps or 0.0:.3g} tok/s"
+
+
+def _report(rows: list[Row], as_json: bool, csv_file: Path | None, plot_file: Path | None, *, complete: bool) -> None:
+    """Print and write what was measured; the files appear complete or not at all."""
+    from melt_edge.compare.paper import paper_table
+    from melt_edge.compare.plot import write_plot
+    from melt_edge.compare.table import csv_text
+    from melt_edge.files import atomic_output
+
+    paper = paper_table(rows)
+    if as_json:
+        print_json({**_about(), "complete": complete, "rows": [row.to_dict() for row in rows], "paper_table_2": paper})
+    else:
+        _show(rows, paper)
+    if csv_file is not None:
+        with atomic_output(csv_file, force=True) as temporary:
+            temporary.write_text(csv_text(rows), encoding="utf-8")
+    if plot_file is not None and rows:
+        with atomic_output(plot_file, force=True) as temporary:
+            write_plot(rows, temporary, format=plot_file.suffix.lower().lstrip("."))
+
+
+def _show(rows: list[Row], paper: dict[str, Any] | None) -> None:
+    from melt_edge.compare.table import paper_lines, ratio_lines, tables
+
+    console = out()
+    for table in tables(rows):
+        console.print(table)
+    if any(row.bytes_from == "computed" for row in rows):
+        console.print("~ computed, not measured")
+    console.print()
+    for line in ratio_lines(rows):
+        console.print(line, soft_wrap=True)
+    if paper is not None:
+        console.print()
+        console.print(paper_lines(paper))
+
+
+def _about() -> dict[str, Any]:
+    from melt_edge import __version__
+    from melt_edge.runtime.machine import usable_cores
+
+    machine = {"system": platform.system(), "arch": platform.machine(), "cores": usable_cores()}
+    return {"melt_edge": __version__, "machine": machine}
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip().lower() for part in text.split(",")))
+
+
+def _numbers(name: str, text: str, high: int) -> list[int]:
+    """The whole numbers of a list such as 1,2,4 or 1k,16k, from 1 to high."""
+    numbers = []
+    for part in _names(text):
+        found = re.fullmatch(r"([0-9]{1,9})(k?)", part)
+        number = int(found[1]) * (1024 if found[2] else 1) if found else 0
+        if not 1 <= number <= high:
+            raise typer.BadParameter(f"{name} is {text!r}, expected numbers from 1 to {high} such as 1,4 or 1k,16k")
+        numbers.append(number)
+    return numbers
+
+
+def _check_names(kv_types: list[str], backends: list[str]) -> None:
+    from melt_edge.runtime.loading import BACKENDS
+    from melt_edge.runtime.memory import KV_TYPES
+
+    for name in kv_types:
+        if name not in KV_TYPES:
+            raise typer.BadParameter(f"--kv-type is {name!r}, expected some of {', '.join(KV_TYPES)}")
+    for name in backends:
+        if name not in BACKENDS:
+            raise BackendUnavailableError(
+                f"backend is {name!r}, expected {' or '.join(BACKENDS)}: others cannot be measured yet"
+            )
+
+
+def _check_outputs(csv_file: Path | None, plot_file: Path | None, *, force: bool) -> None:
+    """What could not be written at the end is told before anything is measured."""
+    from melt_edge.compare.plot import check_plot
+
+    if plot_file is not None:
+        check_plot(plot_file)
+    for path in (csv_file, plot_file):
+        if path is not None and not (force and path.is_file()):
+            check_new_file(path)

@@ -1,0 +1,79 @@
+"""One measurement in a process of its own: python -m melt_edge.compare.child '{"path": ..., ...}'.
+
+Loads the model, fills its context, and prints one JSON object on standard output: the measured fields of
+points.Row, or {"error": sentence}. A fresh process has no memory of the point before.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from melt_edge.compare.process_memory import peak_rss_bytes, process_memory
+from melt_edge.errors import MeltError
+from melt_edge.runtime.library import import_llama_cpp
+from melt_edge.runtime.loading import BACKENDS
+from melt_edge.runtime.options import LoadOptions
+
+
+def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int) -> dict[str, Any]:
+    """Load, prefill all but the last n_decode tokens of the context, decode those.
+
+    The tokens are random, the same for every model of the same vocabulary. Raises: as load.
+    """
+    import_llama_cpp()  # what the process weighs without a model
+    result: dict[str, Any] = process_memory("before")
+    model = BACKENDS[backend](path, options)
+    result |= process_memory("loaded")
+    tokens = np.random.default_rng(0).integers(0, model.info.n_vocab, model.info.n_ctx).tolist()
+    prompt, rest = tokens[:-n_decode], tokens[-n_decode:]
+    # the first evaluation pages the weights in; a user waits for that once, not for every prompt
+    model.eval(tokens[:1])
+    model.reset()
+
+    start = time.perf_counter()
+    model.eval(prompt)
+    model.last_logits().argmax()
+    prefill_s = time.perf_counter() - start
+    start = time.perf_counter()
+    for token in rest:
+        model.eval([token])
+        model.last_logits().argmax()
+    decode_s = time.perf_counter() - start
+
+    memory = model.memory()
+    result |= process_memory("filled")
+    result |= {
+        "weights_type": model.info.quantisation,
+        "weights_bytes": memory.weights_bytes,
+        "kv_bytes": memory.kv_bytes,
+        "compute_bytes": memory.compute_bytes,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "ttft_ms": 1000.0 * prefill_s,
+        "prefill_tps": len(prompt) / prefill_s,
+        "decode_tps": len(rest) / decode_s,
+    }
+    model.close()
+    return result
+
+
+def main() -> int:
+    """Measure the point in the first argument. Returns the exit status."""
+    asked = json.loads(sys.argv[1])
+    try:
+        result = run(
+            Path(asked["path"]), LoadOptions(**asked["options"]), backend=asked["backend"], n_decode=asked["n_decode"]
+        )
+    except MeltError as err:
+        result = {"error": str(err)}
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 1 if "error" in result else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
