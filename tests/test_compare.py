@@ -292,6 +292,7 @@ def test_the_papers_table_fits_a_terminal() -> None:
     assert found is not None
     lines = printed(paper_lines(found)).splitlines()
     assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
     (ratios,) = (line.split() for line in lines if "Ouro/MELT" in line)
     assert ratios == ["Ouro/MELT", "4.00", "0.88", "2.95", "4.00", "1.00", "1.00", "1.00", "4.00"]
 
@@ -306,11 +307,19 @@ def test_the_papers_table_needs_matching_rows(change: dict[str, Any]) -> None:
 def test_computed_sizes_are_marked() -> None:
     skipped = a_row("ouro", 4, status="skipped", bytes_from="computed", reason="too large", decode_tps=None)
     lines = printed(*tables([a_row("melt", 4), skipped])).splitlines()
+    assert max(map(len, lines)) <= 80
     ouro, melt = (next(line for line in lines if name in line) for name in ("Ouro", "MELT"))
     assert "~3.91" in ouro
     assert "skipped" in ouro
     assert "~" not in melt
+
+
+def test_the_table_fits_a_terminal() -> None:
+    large = a_row("no-gate", 64, kv_bytes=10**12, weights_bytes=10**11, rss_filled_bytes=10**12, ttft_ms=1e8)
+    lines = printed(*tables([large])).splitlines()
     assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+    assert any("MELT, no gate  64" in line for line in lines)
 
 
 def test_ratio_lines() -> None:

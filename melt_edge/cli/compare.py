@@ -177,9 +177,11 @@ def _measure(points: list[Point], rows: list[Row], limit_s: float) -> None:
 
 
 def _outcome(row: Row) -> str:
+    from melt_edge.compare.table import digits
+
     if row.status != "measured":
         return f"{row.status}: {row.reason}"
-    return f"cache {human_bytes(row.kv_bytes or 0)}, {row.decode_tps or 0.0:.3g} tok/s"
+    return f"cache {human_bytes(row.kv_bytes or 0)}, {digits(row.decode_tps or 0.0)} tok/s"
 
 
 def _report(rows: list[Row], as_json: bool, csv_file: Path | None, plot_file: Path | None, *, complete: bool) -> None:

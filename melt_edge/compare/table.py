@@ -26,6 +26,9 @@ _COLUMNS = (
     "decode\ntok/s",
 )
 
+# nine columns on a terminal of 80
+_PADDING = (0, 1, 0, 0)
+
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """A table for each model, context, cache type and backend, in the order they were measured.
@@ -41,7 +44,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 def _table(key: tuple[str, int, str, str], rows: Sequence[Row]) -> Table:
     model, n_ctx, kv_type, backend = key
     title = Text(f"{model}: {n_ctx:,} tokens, {kv_type} cache, {backend}")
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=_PADDING)
     table.add_column("")
     for name in _COLUMNS:
         table.add_column(name, justify="right")
@@ -56,7 +59,7 @@ def _cells(row: Row) -> list[str]:
     resident = row.rss_filled_bytes or row.footprint_filled_bytes
     if row.status != "measured":
         return [KINDS[row.kind], str(row.loops), *sizes, row.status, "-", "-", "-"]
-    speeds = [_digits(speed) for speed in ((row.ttft_ms or 0.0) / 1000, row.prefill_tps or 0.0, row.decode_tps or 0.0)]
+    speeds = [digits(speed) for speed in ((row.ttft_ms or 0.0) / 1000, row.prefill_tps or 0.0, row.decode_tps or 0.0)]
     return [KINDS[row.kind], str(row.loops), *sizes, mib(resident) if resident else "-", *speeds]
 
 
@@ -88,9 +91,7 @@ def paper_lines(found: dict[str, Any]) -> Table:
         f"The paper's table 2, in GB: {found['paper_n_ctx']:,} tokens, 16-bit weights and cache\n"
         f"here, measured: {found['measured_n_ctx']:,} tokens, {found['measured_weights']} weights, f16 cache"
     )
-    table = Table(
-        title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=_PADDING)
     table.add_column("")
     paper_names = ("paper\ncache", "\nweights", "\ntotal")
     for name in (*paper_names, "here\ncache", "\nweights", "\ntotal", "\nresident", "~cache at\n32,000"):
@@ -126,13 +127,13 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 def mib(n_bytes: float) -> str:
     """A size in MiB."""
-    return _digits(n_bytes / 2**20)
+    return digits(n_bytes / 2**20)
 
 
 def _times(more: int | None, less: int | None) -> str:
     return f"{more / less:.2f} times" if more and less else "unknown times"
 
 
-def _digits(number: float) -> str:
+def digits(number: float) -> str:
     """A number with three digits or more."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
