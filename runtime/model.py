@@ -206,6 +206,12 @@ class Model:
             pieces = [backend.token_bytes(token, special=special) for token in ids]
             return b"".join(pieces).decode("utf-8", errors="replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for, which may end within a character. Raises: ConfigError for a foreign id."""
+        with self._lock:
+            (checked,) = self._checked_ids([token])
+            return self._backend().token_bytes(checked, special=True)
+
     def check_grammar(self, grammar: str) -> None:
         """Raises: ConfigError for a grammar that does not parse, or is beyond grammar.check_grammar's limits."""
         with self._lock:
