@@ -12,6 +12,8 @@ import numpy.typing as npt
 from melt_edge.checkpoint import Checkpoint, reference_model
 from melt_edge.config import LoopConfig
 from melt_edge.errors import ParityError
+from melt_edge.quality.divergence import kl_from_logs
+from melt_edge.quality.numeric import log_softmax
 
 if TYPE_CHECKING:
     from melt_edge.modeling import LoopLM
@@ -81,15 +83,7 @@ def compare(expected: FloatArray, found: FloatArray, type: str, *, what: str) ->
 
 def kl_divergence(expected: FloatArray, found: FloatArray) -> npt.NDArray[np.float64]:
     """KL(expected || found) of each row's softmax, in nats. Shapes: (n, V) -> (n,)."""
-    log_p, log_q = (_log_softmax(logits.astype(np.float64)) for logits in (expected, found))
-    divergence: npt.NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-    return divergence
-
-
-def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    x = x - x.max(axis=-1, keepdims=True)
-    result: npt.NDArray[np.float64] = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-    return result
+    return kl_from_logs(log_softmax(expected), log_softmax(found))
 
 
 def _tokens(config: LoopConfig) -> list[int]:
