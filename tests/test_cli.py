@@ -22,9 +22,9 @@ from tiny import tiny_config
 MakeCheckpoint = Callable[..., Path]
 COMMANDS = (
     *(["demo"], ["export", "gguf"], ["quantize"], ["distill"], ["inspect"]),
-    *(["run"], ["chat"], ["serve"], ["eval"]),
+    *(["run"], ["chat"], ["serve"]),
+    *(["eval"], ["perplexity"], ["kl"], ["compare"]),
 )
-COMMANDS = (["demo"], ["export", "gguf"], ["quantize"], ["inspect"], ["run"], ["chat"], ["serve"], ["compare"])
 
 
 def cli(*args: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:

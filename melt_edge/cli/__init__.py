@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from melt_edge.cli import chat, compare, convert, demo, distill, eval, inspect, run, serve
+from melt_edge.cli import chat, compare, convert, demo, distill, eval, inspect, quality, run, serve
 from melt_edge.cli.errors import MeltGroup
 from melt_edge.cli.options import Debug
 
@@ -60,6 +60,8 @@ app.command("quantize")(convert.quantize)
 app.command("distill")(distill.distill)
 app.command("inspect")(inspect.inspect)
 app.command("eval")(eval.evaluate)
+app.command("perplexity")(quality.perplexity)
+app.command("kl")(quality.kl)
 app.command("compare")(compare.compare)
 
 

@@ -19,7 +19,20 @@ from melt_edge.errors import MeltError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
 
-_ORDER = ("demo", "export", "quantize", "distill", "inspect", "run", "chat", "serve", "eval", "compare")
+_ORDER = (
+    "demo",
+    "export",
+    "quantize",
+    "distill",
+    "inspect",
+    "run",
+    "chat",
+    "serve",
+    "eval",
+    "perplexity",
+    "kl",
+    "compare",
+)
 # UsageError itself moved between typer's releases; it has always been the base of BadParameter.
 _UsageError: type[Any] = typer.BadParameter.__bases__[0]
 
