@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from melt_edge.config import LoopConfig
 from tiny import tiny_checkpoint, tiny_config
+
+# The same examples in every run; --hypothesis-profile explore draws new ones.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None)
+settings.load_profile("fixed")
 
 MakeCheckpoint = Callable[..., Path]
 MakeGGUF = Callable[..., Path]

@@ -116,9 +116,14 @@ def naive_logits(config: LoopConfig, weights: dict[str, Array], tokens: list[int
 @given(configs(), st.integers(1, 12), st.integers(1, 12))
 def test_equals_the_naive_implementation(config: LoopConfig, n: int, chunk_size: int) -> None:
     tokens = tokens_of(config, n)
+    weights = tiny_tensors(config)
     found = logits_of(model_of(config), tokens, chunk_size=chunk_size).numpy()
-    expected = naive_logits(config, tiny_tensors(config), tokens[0].tolist(), chunk_size)
-    assert np.abs(found - expected).max() <= 1e-9 * max(1.0, float(np.abs(expected).max()))
+    expected = naive_logits(config, weights, tokens[0].tolist(), chunk_size)
+    # random weights amplify rounding from loop to loop: how much is measured on one that was made on purpose
+    embedding = "model.embed_tokens.weight"
+    moved = {**weights, embedding: weights[embedding].astype(np.float64) * (1 + 1e-15)}
+    amplified = np.abs(naive_logits(config, moved, tokens[0].tolist(), chunk_size) - expected).max()
+    assert np.abs(found - expected).max() <= max(1e-9 * np.abs(expected).max(), 10 * amplified)
 
 
 @pytest.mark.parametrize(
