@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
+DoubleArray = npt.NDArray[np.float64]
 FinishReason = Literal["stop", "length"]
 
 
@@ -187,3 +188,25 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the model; may be called twice."""
+
+
+@runtime_checkable
+class EditsRows(Protocol):
+    """A backend whose cache can be shortened, and lengthened without computing: benchmarks fill long contexts so."""
+
+    def truncate(self, n_tokens: int) -> None:
+        """Keep the first n_tokens of the cache."""
+
+    def repeat_rows(self, n_tokens: int) -> None:
+        """Write the cache's rows again and again until it holds n_tokens, which are more than it holds."""
+
+
+@runtime_checkable
+class TimesParts(Protocol):
+    """A backend that can say where a token's time goes."""
+
+    def time_parts(self, tokens: Sequence[int]) -> DoubleArray:
+        """Mean seconds of a token [num_loops + 1, 3]: each loop, then what follows; attention, gates, all else.
+
+        The first token is not timed. The cache holds what it held before.
+        """

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from melt_edge.errors import BackendError, ConfigError
-from melt_edge.runtime.base import FloatArray, Memory, SamplingParams
+from melt_edge.runtime.base import DoubleArray, FloatArray, Memory, SamplingParams
 from melt_edge.runtime.bindings import llama_class
 from melt_edge.runtime.gguf_check import check_gguf
 from melt_edge.runtime.library import captured_log, import_llama_cpp, last_reason, native_function
@@ -198,6 +198,52 @@ class LlamaBackend:
             for part in ("weights", "kv", "compute")
         )
         return Memory(weights_bytes=weights, kv_bytes=kv, compute_bytes=compute, rss_bytes=rss_bytes())
+
+    # -- for benchmarks
+
+    def truncate(self, n_tokens: int) -> None:
+        """Keep the first n_tokens of the cache."""
+        self._llama.n_tokens = min(n_tokens, self.n_tokens)
+        self._llama._ctx.kv_cache_seq_rm(_SEQUENCE, self.n_tokens, -1)
+        self._llama._requires_eval = True
+
+    def repeat_rows(self, n_tokens: int) -> None:
+        """Write the cache's rows again and again until it holds n_tokens; they mean nothing, they take as long."""
+        before = self.tokens
+        with captured_log() as lines:
+            function = native_function("melt_edge_kv_repeat", ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32)
+            if not before or function(self._llama.ctx, n_tokens) != n_tokens:
+                self.reset()
+                raise BackendError(
+                    f"the rows of {len(before)} tokens could not be repeated to {n_tokens} ({last_reason(lines)})"
+                )
+        self._llama.input_ids[:n_tokens] = np.resize(before, n_tokens)
+        self._llama.n_tokens = n_tokens
+        self._llama._requires_eval = True
+
+    def time_parts(self, tokens: Sequence[int]) -> DoubleArray:
+        """Seconds of the parts of a token, the mean of all tokens but the first; the cache is as long as before after.
+
+        Shape: [num_loops + 1, 3]: each loop, then what follows; attention over the cache, gates, all else.
+        """
+        parts: DoubleArray = np.zeros((self.info.num_loops + 1, 3))
+        ids = (self._low.llama_token * len(tokens))(*tokens)
+        function = native_function(
+            "melt_edge_time_parts",
+            ctypes.c_uint32,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_uint32,
+            ctypes.c_void_p,
+            ctypes.c_uint32,
+        )
+        with captured_log() as lines:
+            n_timed = function(self._llama.ctx, ids, len(tokens), parts.ctypes.data, self.info.num_loops)
+        self.truncate(self.n_tokens)
+        if n_timed == 0:
+            raise BackendError(f"llama.cpp could not time {len(tokens)} tokens: {last_reason(lines)}")
+        parts /= n_timed
+        return parts
 
     # -- state
 
