@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +9,13 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from melt_edge.cli.console import err, human_bytes, note, out, print_json, progress_bar, safe
-from melt_edge.cli.options import Debug, Force, Json, Threads, check_new_file, model_file, option
-from melt_edge.errors import BackendUnavailableError
+from melt_edge.cli.console import err, human_bytes, note, out, print_json, safe
+from melt_edge.cli.lists import about, check_names, names, numbers
+from melt_edge.cli.models import contenders_of
+from melt_edge.cli.options import Debug, Force, Json, Threads, check_new_file, option
 
 if TYPE_CHECKING:
-    from melt_edge.compare.points import Contender, Point, Row
+    from melt_edge.compare.points import Point, Row
 
 _DEFAULT_LOOPS = [1, 2, 4]
 _MODELS, _GRID, _OUTPUT = "What is compared", "Points", "Output"
@@ -99,15 +95,15 @@ def compare(
         raise typer.BadParameter("nothing to compare: give model files, or --shape ouro-1.4b for random weights")
     counts = _DEFAULT_LOOPS if shape is not None else None
     if loops is not None:
-        counts = _numbers("--loops", loops, 64)
-    lengths, kv_types, backends = _numbers("--ctx", ctx, 2**20), _names(kv_type), _names(backend)
-    _check_names(kv_types, backends)
+        counts = numbers("--loops", loops, 64)
+    lengths, kv_types, backends = numbers("--ctx", ctx, 2**20), names(kv_type), names(backend)
+    check_names(kv_types, backends)
     _check_outputs(csv_file, plot_file, force=force)
 
     from melt_edge.compare.points import grid
     from melt_edge.runtime.machine import usable_cores
 
-    with _contenders(models or [], shape, weights, share_kv, cache_dir) as found:
+    with contenders_of(models or [], shape=shape, weights=weights, cache_dir=cache_dir, share_kv=share_kv) as found:
         points = grid(
             found,
             loops=counts,
@@ -125,37 +121,6 @@ def compare(
             _report(rows, as_json, csv_file, plot_file, complete=False)
             raise
         _report(rows, as_json, csv_file, plot_file, complete=True)
-
-
-@contextmanager
-def _contenders(
-    models: list[Path], shape: str | None, weights: str, share_kv: bool, cache_dir: Path | None
-) -> Iterator[list[Contender]]:
-    """The files to compare; those that are only made for this run are removed at its end."""
-    from melt_edge.compare.points import contenders
-    from melt_edge.compare.random_model import check_disk, default_cache_dir, make_folder, random_model
-    from melt_edge.compare.shapes import shape_config
-    from melt_edge.export.share_kv import share_kv_gguf
-
-    folder = cache_dir or default_cache_dir()
-    found: list[Contender] = []
-    with ExitStack() as stack:
-        for path in map(model_file, models):
-            name = path.stem if all(path.stem != other.name for other in found) else str(path)
-            roles = contenders(path, name)
-            found += roles
-            if share_kv and not roles[-1].config.shares_kv:
-                make_folder(folder)
-                check_disk(folder, path.stat().st_size)
-                temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="share-kv-", dir=folder))
-                found += contenders(share_kv_gguf(path, Path(temporary) / path.name), name)
-        if shape is not None:
-            for arch in ("ouro", "melt"):
-                config = shape_config(shape, arch)
-                with progress_bar() as progress:
-                    file = random_model(shape, config, folder, type=weights, progress=progress)
-                found += contenders(file, shape)
-        yield found
 
 
 def _measure(points: list[Point], rows: list[Row], limit_s: float) -> None:
@@ -193,7 +158,7 @@ def _report(rows: list[Row], as_json: bool, csv_file: Path | None, plot_file: Pa
 
     paper = paper_table(rows)
     if as_json:
-        print_json({**_about(), "complete": complete, "rows": [row.to_dict() for row in rows], "paper_table_2": paper})
+        print_json({**about(), "complete": complete, "rows": [row.to_dict() for row in rows], "paper_table_2": paper})
     else:
         _show(rows, paper)
     if csv_file is not None:
@@ -218,44 +183,6 @@ def _show(rows: list[Row], paper: dict[str, Any] | None) -> None:
     if paper is not None:
         console.print()
         console.print(paper_lines(paper))
-
-
-def _about() -> dict[str, Any]:
-    from melt_edge import __version__
-    from melt_edge.runtime.machine import usable_cores
-
-    machine = {"system": platform.system(), "arch": platform.machine(), "cores": usable_cores()}
-    return {"melt_edge": __version__, "machine": machine}
-
-
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip().lower() for part in text.split(",")))
-
-
-def _numbers(name: str, text: str, high: int) -> list[int]:
-    """The whole numbers of a list such as 1,2,4 or 1k,16k, from 1 to high."""
-    numbers = []
-    for part in _names(text):
-        found = re.fullmatch(r"([0-9]{1,9})(k?)", part)
-        number = int(found[1]) * (1024 if found[2] else 1) if found else 0
-        if not 1 <= number <= high:
-            raise typer.BadParameter(f"{name} is {text!r}, expected numbers from 1 to {high} such as 1,4 or 1k,16k")
-        numbers.append(number)
-    return numbers
-
-
-def _check_names(kv_types: list[str], backends: list[str]) -> None:
-    from melt_edge.runtime.loading import BACKENDS
-    from melt_edge.runtime.memory import KV_TYPES
-
-    for name in kv_types:
-        if name not in KV_TYPES:
-            raise typer.BadParameter(f"--kv-type is {name!r}, expected some of {', '.join(KV_TYPES)}")
-    for name in backends:
-        if name not in BACKENDS:
-            raise BackendUnavailableError(
-                f"backend is {name!r}, expected {' or '.join(BACKENDS)}: others cannot be measured yet"
-            )
 
 
 def _check_outputs(csv_file: Path | None, plot_file: Path | None, *, force: bool) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+from melt_edge.compare.children import replies
 from melt_edge.compare.points import Point, Row, computed, load_options
 from melt_edge.errors import ConfigError
 from melt_edge.runtime.machine import available_bytes
@@ -51,30 +49,8 @@ def _run_child(point: Point, limit_s: float) -> dict[str, Any]:
         "n_decode": point.n_decode,
     }
     command = [sys.executable, "-m", "melt_edge.compare.child", json.dumps(asked)]
-    # -m looks for modules in the current folder first: an empty one of ours
-    with tempfile.TemporaryDirectory(prefix="melt-edge-") as folder:
-        try:
-            done = subprocess.run(command, capture_output=True, cwd=folder, timeout=limit_s, check=False)
-        except subprocess.TimeoutExpired:
-            return {"error": f"took longer than {limit_s:g} s; give it more with --time-limit"}
-    try:
-        reply = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        reply = None
-    return reply if isinstance(reply, dict) else {"error": _death(done)}
-
-
-def _death(done: subprocess.CompletedProcess[bytes]) -> str:
-    """Why a child that gave no numbers ended."""
-    if done.returncode < 0:
-        try:
-            name = signal.Signals(-done.returncode).name
-        except ValueError:
-            name = f"signal {-done.returncode}"
-        memory = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-        return f"the process was ended by {name}{memory}"
-    last = done.stderr.decode("utf-8", errors="replace").strip().rpartition("\n")[2]
-    return f"the process ended with status {done.returncode} ({last[:300] or 'it said nothing'})"
+    *_, last = replies(command, limit_s=limit_s)
+    return last
 
 
 def _row(point: Point, status: str, needed: Estimate | None = None, **measured: Any) -> Row:
