@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from melt_edge.cli import chat, compare, convert, demo, distill, eval, inspect, quality, run, serve
+from melt_edge.cli import bench, chat, compare, convert, demo, distill, eval, inspect, quality, run, serve
 from melt_edge.cli.errors import MeltGroup
 from melt_edge.cli.options import Debug
 
@@ -63,6 +63,7 @@ app.command("eval")(eval.evaluate)
 app.command("perplexity")(quality.perplexity)
 app.command("kl")(quality.kl)
 app.command("compare")(compare.compare)
+app.command("bench")(bench.bench)
 
 
 def main() -> None:

@@ -1,0 +1,161 @@
+"""One run in a process of its own: python -m melt_edge.bench.child '{"path": ..., ...}'.
+
+Loads the model once and does its tests in turn. Prints one JSON object a line on standard output: the measured
+fields of rows.BenchRow for each test in order, or {"error": sentence}, after which nothing follows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from melt_edge.bench.bandwidth import read_bandwidth
+from melt_edge.bench.rows import BenchTest
+from melt_edge.errors import MeltError
+from melt_edge.runtime.base import Backend, EditsRows, ModelInfo, TimesParts
+from melt_edge.runtime.loading import BACKENDS
+from melt_edge.runtime.options import LoadOptions
+
+# Rows that are computed before they are repeated, and tokens that page the weights in before anything is timed.
+SEED_TOKENS, WARM_UP_TOKENS = 64, 32
+# The first of these is not timed.
+PARTS_TOKENS = 4
+_ATTENTION, _GATES = 0, 1
+
+
+def run(
+    path: Path, options: LoadOptions, tests: Sequence[BenchTest], *, backend: str, repetitions: int, parts: bool
+) -> Iterator[dict[str, Any]]:
+    """The measured fields of each test. Tokens are random, the same for every model of the same vocabulary.
+
+    parts: also say where a generated token's time goes. Raises: as load, and as the backend's methods.
+    """
+    model = BACKENDS[backend](path, options)
+    info = model.info
+    longest = max(test.n_depth + test.n_tokens for test in tests)
+    tokens = np.random.default_rng(0).integers(0, info.n_vocab, longest + PARTS_TOKENS).tolist()
+    _evaluate(model, tokens[: min(WARM_UP_TOKENS, longest)])
+    _evaluate(model, tokens[:1])
+    model.reset()
+    for test in tests:
+        depth_from = _fill(model, tokens[: test.n_depth])
+        found = {**_about(info), "depth_from": depth_from, **_timed(model, test, tokens, repetitions)}
+        memory = model.memory()
+        found |= {
+            "kv_bytes": memory.kv_bytes,
+            "weights_bytes": memory.weights_bytes,
+            "compute_bytes": memory.compute_bytes,
+            "rss_bytes": memory.rss_bytes,
+        }
+        if parts and test.n_gen and isinstance(model, TimesParts):
+            _fill(model, tokens[: test.n_depth])
+            found |= _parts(model.time_parts(tokens[-PARTS_TOKENS:]))
+        yield found
+    model.close()
+
+
+def _about(info: ModelInfo) -> dict[str, Any]:
+    return {
+        "loops": info.num_loops,
+        "kv_type": info.kv_type,
+        "n_threads": info.n_threads,
+        "n_ubatch": info.chunk_size,
+        "model_size": info.file_bytes,
+        "model_n_params": info.n_params,
+        "weights_type": info.quantisation,
+    }
+
+
+def _timed(model: Backend, test: BenchTest, tokens: Sequence[int], repetitions: int) -> dict[str, Any]:
+    """The repetitions of one test from the cache of its depth, and the bandwidth before and after them."""
+    after = tokens[test.n_depth : test.n_depth + test.n_tokens]
+    pieces = [after] if test.n_prompt else [[token] for token in after]
+    _evaluate(model, after[:1])  # the first token after another depth builds the graph anew
+    bandwidths = [read_bandwidth(model.info.n_threads)]
+    samples = []
+    for _ in range(repetitions):
+        _fill(model, tokens[: test.n_depth])
+        start = time.perf_counter_ns()
+        for piece in pieces:
+            _evaluate(model, piece)
+        samples.append(time.perf_counter_ns() - start)
+    bandwidths.append(read_bandwidth(model.info.n_threads))
+    return {"samples_ns": samples, "bandwidth": sum(bandwidths) / 2 if test.n_gen else None}
+
+
+def _fill(model: Backend, tokens: Sequence[int]) -> str | None:
+    """Make the cache hold as many tokens, with little computing where the backend can; returns how."""
+    depth = len(tokens)
+    if not isinstance(model, EditsRows):
+        model.reset()
+        if depth:
+            _evaluate(model, tokens)
+        return "evaluated" if depth else None
+    if model.n_tokens > depth:
+        model.truncate(depth)
+    seed = min(depth, SEED_TOKENS)
+    if model.n_tokens < seed:
+        _evaluate(model, tokens[model.n_tokens : seed])
+    if model.n_tokens < depth:
+        model.repeat_rows(depth)
+    return None if not depth else "repeated" if depth > seed else "evaluated"
+
+
+def _evaluate(model: Backend, tokens: Sequence[int]) -> None:
+    """Evaluate tokens and wait for the last one's logits."""
+    model.eval(tokens)
+    model.last_logits()
+
+
+def _parts(seconds: Any) -> dict[str, Any]:
+    """Times and shares of the parts [num_loops + 1, 3] of a token, as rows.BenchRow has them."""
+    total = float(seconds.sum())
+    return {
+        "loop_ms": [round(1000.0 * float(loop.sum()), 3) for loop in seconds[:-1]],
+        "head_ms": round(1000.0 * float(seconds[-1].sum()), 3),
+        "parts_ms": round(1000.0 * total, 3),
+        "parts_tokens": PARTS_TOKENS - 1,
+        "attention_share": round(float(seconds[:, _ATTENTION].sum()) / total, 4),
+        "gates_share": round(float(seconds[:, _GATES].sum()) / total, 4),
+    }
+
+
+def main() -> int:
+    """Do the run in the first argument. Returns the exit status."""
+    asked = json.loads(sys.argv[1])
+    try:
+        for found in run(
+            Path(asked["path"]),
+            LoadOptions(**asked["options"]),
+            [BenchTest(**test) for test in asked["tests"]],
+            backend=asked["backend"],
+            repetitions=asked["repetitions"],
+            parts=asked["parts"],
+        ):
+            _say(found)
+    except MeltError as err:
+        _say({"error": str(err)})
+        return 1
+    return 0
+
+
+def _say(reply: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(reply) + "\n")
+    sys.stdout.flush()
+
+
+def command(*, path: Path, options: LoadOptions, tests: Sequence[BenchTest], **more: Any) -> list[str]:
+    """The command line of a child process that does this run."""
+    asked = {"path": str(path.resolve()), "options": asdict(options), "tests": [asdict(test) for test in tests], **more}
+    return [sys.executable, "-m", "melt_edge.bench.child", json.dumps(asked)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
