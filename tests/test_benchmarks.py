@@ -6,11 +6,15 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from melt_edge.bench.rows import BenchRow
+from melt_edge.compare.shapes import shape_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "decode_ratio.py"
@@ -77,9 +81,126 @@ def test_commit_says_when_the_tree_differs_from_it(imported: Any, tmp_path: Path
     assert commit(tmp_path) == f"{head}-dirty"
 
 
-@pytest.mark.parametrize(("target", "option"), [("bench", "--json benchmarks/results/"), ("bench-check", "--check")])
-def test_make_runs_the_benchmarks(target: str, option: str) -> None:
+@pytest.mark.parametrize("script", ["decode_ratio.py", "looped.py"])
+@pytest.mark.parametrize(("target", "option"), [("bench", "--json benchmarks/results"), ("bench-check", "--check")])
+def test_make_runs_the_benchmarks(target: str, option: str, script: str) -> None:
     """The limits were checked by no target."""
     command = ["make", "--dry-run", "--assume-old=.venv/.setup-done", target]
     lines = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
-    assert any("benchmarks/decode_ratio.py" in line and option in line for line in lines), lines
+    assert any(f"benchmarks/{script}" in line and option in line for line in lines), lines
+
+
+# -- looped.py
+
+
+def bench_row(kind: str, loops: int, **changes: Any) -> BenchRow:
+    """A row as the benchmark measures it: 10 tokens/s of 10, the cache as it should be."""
+    made = BenchRow(
+        model="ouro-1.4b",
+        kind=kind,
+        backend="llama",
+        n_prompt=0,
+        n_gen=4,
+        n_depth=1000,
+        status="measured",
+        loops=loops,
+        kv_type="f16",
+        n_threads=2,
+        n_ubatch=500,
+        samples_ns=(400_000_000,),
+        kv_bytes=1000 * (loops if kind == "ouro" else 1),
+        weights_bytes=100,
+        compute_bytes=10,
+        rss_bytes=5000 * (loops if kind == "ouro" else 1),
+        layers_read_bytes=10**9,
+        gates_read_bytes=0,
+        head_read_bytes=0,
+        cache_read_bytes=0,
+        bandwidth=10e9,
+    )
+    return replace(made, **changes)
+
+
+def loops_rows() -> list[BenchRow]:
+    """Rows that keep every promise about memory."""
+    rows = [bench_row(kind, loops) for kind in ("melt", "ouro") for loops in (1, 2, 4, 8)]
+    return [*rows, bench_row("melt", 4, n_depth=3000), bench_row("ouro", 4, n_depth=3000, weights_bytes=90)]
+
+
+def test_every_section_runs_and_writes_its_lines(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT.parent / "looped.py"), "--tiny", "--json", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--cache-dir", str(tmp_path)], check=True, capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    for section, n_lines in (("loops", 5), ("decode", 2), ("depth", 10), ("prefill", 2)):
+        found = json.loads((tmp_path / f"{section}.json").read_text())
+        assert len(found["lines"]) == n_lines
+        assert found["machine"]["cores"] >= 1
+        assert all(row["status"] == "measured" for row in found["rows"])
+        for line in found["lines"]:
+            assert line["name"] in done.stdout
+            assert line["floor"] in done.stdout
+
+
+def test_memory_that_keeps_its_promises_passes_each_line(imported: Any) -> None:
+    lines = imported("looped").loops_lines(loops_rows())
+    assert [line.ok for line in lines] == [True, True, True, True, None]
+    assert "1, 2, 4, 8" in lines[2].measured
+    assert lines[4].measured == "3.70; resident sets 4.00"
+
+
+@pytest.mark.parametrize(
+    ("broken", "number"),
+    [
+        (("melt", 8, "kv_bytes", 1020), 0),
+        (("melt", 8, "rss_bytes", 5060), 1),
+        (("ouro", 2, "kv_bytes", 2001), 2),
+        (("ouro", 4, "kv_bytes", 3990), 3),
+    ],
+)
+def test_memory_that_breaks_a_promise_misses_its_line(
+    imported: Any, broken: tuple[str, int, str, int], number: int
+) -> None:
+    kind, loops, field, value = broken
+    rows = [
+        replace(row, **{field: value}) if (row.kind, row.loops, row.n_depth) == (kind, loops, 1000) else row
+        for row in loops_rows()
+    ]
+    assert imported("looped").loops_lines(rows)[number].ok is False
+
+
+def test_speed_is_held_against_the_bandwidth(imported: Any) -> None:
+    script = imported("looped")
+    slow = replace(bench_row("ouro", 4), samples_ns=(450_000_000,))  # 8.9 of 10 tokens/s
+    assert [line.ok for line in script.decode_lines([bench_row("melt", 4), slow])] == [True, False]
+    quantised = bench_row("melt", 4, kv_type="q8_0")
+    lines = script.depth_lines([slow, replace(slow, kind="melt"), quantised])
+    assert [line.ok for line in lines] == [True, True, None, True]
+    slower = replace(quantised, samples_ns=(500_000_000,))
+    assert [line.ok for line in script.depth_lines([bench_row("melt", 4), slower])] == [True, None, False]
+
+
+def test_prefill_is_held_against_the_products(imported: Any) -> None:
+    script = imported("looped")
+    configs = {arch: shape_config("ouro-1.4b", arch) for arch in ("melt", "ouro")}
+    dense = bench_row("ouro", 1, n_prompt=512, n_gen=0, n_depth=0)
+    ouro = bench_row("ouro", 4, n_prompt=512, n_gen=0, n_depth=0, samples_ns=(1_700_000_000,))
+    melt = replace(ouro, kind="melt", samples_ns=(2_100_000_000,))
+    lines = script.prefill_lines([dense, ouro, melt], configs)
+    assert "1.1 x 4.00 = 4.40" in lines[0].floor or "1.1 x 3.99" in lines[0].floor
+    assert "4.56" in lines[1].floor
+    assert [line.ok for line in lines] == [True, False]
+
+
+def test_the_committed_lines_are_those_of_the_committed_rows(imported: Any) -> None:
+    """A floor or a number edited by hand."""
+    script = imported("looped")
+    configs = {arch: shape_config("ouro-1.4b", arch) for arch in ("melt", "ouro")}
+    for section in script.SECTIONS:
+        path = SCRIPT.parent / "results" / f"{section}.json"
+        if not path.exists():
+            continue  # not measured yet on this machine
+        found = json.loads(path.read_text())
+        rows = [BenchRow.from_dict(row) for row in found["rows"]]
+        assert [vars(line) for line in script.lines_of(section, rows, configs)] == found["lines"]
+        assert found["commit"]
