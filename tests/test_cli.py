@@ -23,7 +23,7 @@ MakeCheckpoint = Callable[..., Path]
 COMMANDS = (
     *(["demo"], ["export", "gguf"], ["quantize"], ["distill"], ["inspect"]),
     *(["run"], ["chat"], ["serve"]),
-    *(["eval"], ["perplexity"], ["kl"], ["compare"]),
+    *(["eval"], ["perplexity"], ["kl"], ["compare"], ["bench"]),
 )
 
 

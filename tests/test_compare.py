@@ -102,6 +102,18 @@ def test_the_cache_of_a_melt_is_flat_and_of_an_ouro_grows_with_the_loops(rows: l
     }
 
 
+def test_a_context_filled_with_repeated_rows_is_as_large(models: list[Contender], rows: list[Row]) -> None:
+    """Its memory is the same; there is no time to a first token, because nobody computed the prompt."""
+    points = [point for point in points_of(models, n_prefill=70) if point.loops == 4]
+    for row in measure(points, limit_s=120):
+        (whole,) = (other for other in rows if (other.kind, other.loops) == (row.kind, 4))
+        assert (row.status, row.kv_bytes, row.n_prefill) == ("measured", whole.kv_bytes, 70)
+        assert (whole.n_prefill, row.ttft_ms) == (N_CTX - 4, None)
+        assert whole.ttft_ms
+        assert row.prefill_tps
+        assert row.decode_tps
+
+
 def test_a_row_has_every_measurement(rows: list[Row]) -> None:
     for row in rows:
         assert row.bytes_from == "measured"

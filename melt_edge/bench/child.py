@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 
 from melt_edge.bench.bandwidth import read_bandwidth
+from melt_edge.bench.fill import evaluate, fill
 from melt_edge.bench.rows import BenchTest
 from melt_edge.errors import MeltError
-from melt_edge.runtime.base import Backend, EditsRows, ModelInfo, TimesParts
+from melt_edge.runtime.base import Backend, ModelInfo, TimesParts
 from melt_edge.runtime.loading import BACKENDS
 from melt_edge.runtime.options import LoadOptions
 
-# Rows that are computed before they are repeated, and tokens that page the weights in before anything is timed.
-SEED_TOKENS, WARM_UP_TOKENS = 64, 32
+# Tokens that page the weights in before anything is timed.
+WARM_UP_TOKENS = 32
 # The first of these is not timed.
 PARTS_TOKENS = 4
 _ATTENTION, _GATES = 0, 1
@@ -41,11 +42,11 @@ def run(
     info = model.info
     longest = max(test.n_depth + test.n_tokens for test in tests)
     tokens = np.random.default_rng(0).integers(0, info.n_vocab, longest + PARTS_TOKENS).tolist()
-    _evaluate(model, tokens[: min(WARM_UP_TOKENS, longest)])
-    _evaluate(model, tokens[:1])
+    evaluate(model, tokens[: min(WARM_UP_TOKENS, longest)])
+    evaluate(model, tokens[:1])
     model.reset()
     for test in tests:
-        depth_from = _fill(model, tokens[: test.n_depth])
+        depth_from = fill(model, tokens[: test.n_depth])
         found = {**_about(info), "depth_from": depth_from, **_timed(model, test, tokens, repetitions)}
         memory = model.memory()
         found |= {
@@ -55,7 +56,7 @@ def run(
             "rss_bytes": memory.rss_bytes,
         }
         if parts and test.n_gen and isinstance(model, TimesParts):
-            _fill(model, tokens[: test.n_depth])
+            fill(model, tokens[: test.n_depth])
             found |= _parts(model.time_parts(tokens[-PARTS_TOKENS:]))
         yield found
     model.close()
@@ -77,41 +78,17 @@ def _timed(model: Backend, test: BenchTest, tokens: Sequence[int], repetitions: 
     """The repetitions of one test from the cache of its depth, and the bandwidth before and after them."""
     after = tokens[test.n_depth : test.n_depth + test.n_tokens]
     pieces = [after] if test.n_prompt else [[token] for token in after]
-    _evaluate(model, after[:1])  # the first token after another depth builds the graph anew
+    evaluate(model, after[:1])  # the first token after another depth builds the graph anew
     bandwidths = [read_bandwidth(model.info.n_threads)]
     samples = []
     for _ in range(repetitions):
-        _fill(model, tokens[: test.n_depth])
+        fill(model, tokens[: test.n_depth])
         start = time.perf_counter_ns()
         for piece in pieces:
-            _evaluate(model, piece)
+            evaluate(model, piece)
         samples.append(time.perf_counter_ns() - start)
     bandwidths.append(read_bandwidth(model.info.n_threads))
     return {"samples_ns": samples, "bandwidth": sum(bandwidths) / 2 if test.n_gen else None}
-
-
-def _fill(model: Backend, tokens: Sequence[int]) -> str | None:
-    """Make the cache hold as many tokens, with little computing where the backend can; returns how."""
-    depth = len(tokens)
-    if not isinstance(model, EditsRows):
-        model.reset()
-        if depth:
-            _evaluate(model, tokens)
-        return "evaluated" if depth else None
-    if model.n_tokens > depth:
-        model.truncate(depth)
-    seed = min(depth, SEED_TOKENS)
-    if model.n_tokens < seed:
-        _evaluate(model, tokens[model.n_tokens : seed])
-    if model.n_tokens < depth:
-        model.repeat_rows(depth)
-    return None if not depth else "repeated" if depth > seed else "evaluated"
-
-
-def _evaluate(model: Backend, tokens: Sequence[int]) -> None:
-    """Evaluate tokens and wait for the last one's logits."""
-    model.eval(tokens)
-    model.last_logits()
 
 
 def _parts(seconds: Any) -> dict[str, Any]:

@@ -59,6 +59,16 @@ def compare(
         int,
         option("--n-decode", metavar="N", min=1, panel=_GRID, show=True, help="Tokens decoded at a context's end."),
     ] = 32,
+    n_prefill: Annotated[
+        int | None,
+        option(
+            "--n-prefill",
+            metavar="N",
+            min=1,
+            panel=_GRID,
+            help="Compute so many tokens and repeat their rows: fills long contexts at once. (default: compute all)",
+        ),
+    ] = None,
     time_limit: Annotated[
         float, option("--time-limit", metavar="S", min=1.0, panel=_GRID, show=True, help="Seconds for one point.")
     ] = 3600.0,
@@ -87,6 +97,7 @@ def compare(
     Examples:
 
       melt-edge compare --shape ouro-1.4b --loops 1,2,4 --ctx 1k,4k
+      melt-edge compare --shape ouro-1.4b --ctx 4k,16k --n-prefill 512
       melt-edge compare --shape tiny --plot tiny.png --csv tiny.csv
       melt-edge compare ouro.gguf melt.gguf --kv-type f16,q8_0
       melt-edge compare ouro.gguf --share-kv --json
@@ -112,6 +123,7 @@ def compare(
             backends=backends,
             n_decode=n_decode,
             n_threads=threads or usable_cores(),
+            n_prefill=n_prefill,
         )
         rows: list[Row] = []
         try:

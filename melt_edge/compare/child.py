@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from melt_edge.bench.fill import fill
 from melt_edge.compare.process_memory import peak_rss_bytes, process_memory
 from melt_edge.errors import MeltError
 from melt_edge.runtime.library import import_llama_cpp
@@ -21,17 +22,19 @@ from melt_edge.runtime.loading import BACKENDS
 from melt_edge.runtime.options import LoadOptions
 
 
-def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int) -> dict[str, Any]:
+def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int, n_prefill: int | None) -> dict[str, Any]:
     """Load, prefill all but the last n_decode tokens of the context, decode those.
 
-    The tokens are random, the same for every model of the same vocabulary. Raises: as load.
+    n_prefill: tokens that are computed at most; their rows are repeated to fill the rest, and there is no time to a
+    first token then. The tokens are random, the same for every model of the same vocabulary. Raises: as load.
     """
     import_llama_cpp()  # what the process weighs without a model
     result: dict[str, Any] = process_memory("before")
     model = BACKENDS[backend](path, options)
     result |= process_memory("loaded")
     tokens = np.random.default_rng(0).integers(0, model.info.n_vocab, model.info.n_ctx).tolist()
-    prompt, rest = tokens[:-n_decode], tokens[-n_decode:]
+    context, rest = tokens[:-n_decode], tokens[-n_decode:]
+    prompt = context[:n_prefill]
     # the first evaluation pages the weights in; a user waits for that once, not for every prompt
     model.eval(tokens[:1])
     model.reset()
@@ -40,6 +43,7 @@ def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int) -> dic
     model.eval(prompt)
     model.last_logits().argmax()
     prefill_s = time.perf_counter() - start
+    fill(model, context)
     start = time.perf_counter()
     for token in rest:
         model.eval([token])
@@ -54,7 +58,8 @@ def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int) -> dic
         "kv_bytes": memory.kv_bytes,
         "compute_bytes": memory.compute_bytes,
         "peak_rss_bytes": peak_rss_bytes(),
-        "ttft_ms": 1000.0 * prefill_s,
+        "n_prefill": len(prompt),
+        "ttft_ms": 1000.0 * prefill_s if len(prompt) == len(context) else None,
         "prefill_tps": len(prompt) / prefill_s,
         "decode_tps": len(rest) / decode_s,
     }
@@ -67,7 +72,11 @@ def main() -> int:
     asked = json.loads(sys.argv[1])
     try:
         result = run(
-            Path(asked["path"]), LoadOptions(**asked["options"]), backend=asked["backend"], n_decode=asked["n_decode"]
+            Path(asked["path"]),
+            LoadOptions(**asked["options"]),
+            backend=asked["backend"],
+            n_decode=asked["n_decode"],
+            n_prefill=asked["n_prefill"],
         )
     except MeltError as err:
         result = {"error": str(err)}

@@ -47,6 +47,7 @@ def _run_child(point: Point, limit_s: float) -> dict[str, Any]:
         "options": asdict(load_options(point)),
         "backend": point.backend,
         "n_decode": point.n_decode,
+        "n_prefill": point.n_prefill,
     }
     command = [sys.executable, "-m", "melt_edge.compare.child", json.dumps(asked)]
     *_, last = replies(command, limit_s=limit_s)

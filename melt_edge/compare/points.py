@@ -31,7 +31,8 @@ class Contender:
 class Point:
     """One measurement: a model with a number of loops, its context filled to n_ctx tokens.
 
-    n_decode: the last of these tokens, evaluated one at a time.
+    n_decode: the last of these tokens, evaluated one at a time. n_prefill: the most tokens that are computed before
+    them, whose rows are repeated to fill the rest; None computes all.
     """
 
     contender: Contender
@@ -41,6 +42,7 @@ class Point:
     backend: str
     n_decode: int
     n_threads: int
+    n_prefill: int | None = None
 
     def __str__(self) -> str:
         loops = "" if self.contender.kind == "dense" else f" T={self.loops}"
@@ -56,7 +58,8 @@ class Row:
     loading if it is "computed". The library counts weights that it repacked for the CPU twice, because the
     mapped file stays. weights_type: the most frequent one. Resident sets (rss), proportional ones (pss,
     Linux) and footprints (macOS) are those of the process before loading, after it, and with the context
-    filled; peak_rss is the highest. None: not measured, or this system does not say.
+    filled; peak_rss is the highest. n_prefill: tokens that were computed before those decoded, at prefill_tps; fewer
+    than the context if rows were repeated, and then ttft_ms is None. None: not measured, or this system does not say.
     """
 
     model: str
@@ -84,6 +87,7 @@ class Row:
     footprint_loaded_bytes: int | None = None
     footprint_filled_bytes: int | None = None
     peak_rss_bytes: int | None = None
+    n_prefill: int | None = None
     ttft_ms: float | None = None
     prefill_tps: float | None = None
     decode_tps: float | None = None
@@ -122,6 +126,7 @@ def grid(
     backends: Sequence[str],
     n_decode: int,
     n_threads: int,
+    n_prefill: int | None = None,
 ) -> list[Point]:
     """Every combination, the shortest contexts first. loops: None takes each file's own number.
 
@@ -141,7 +146,7 @@ def grid(
             for backend in backends:
                 for model in models:
                     for count in _loops_of(model, loops, has_dense):
-                        points.append(Point(model, count, length, kv_type, backend, n_decode, n_threads))
+                        points.append(Point(model, count, length, kv_type, backend, n_decode, n_threads, n_prefill))
     return points
 
 

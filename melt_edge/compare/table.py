@@ -59,7 +59,8 @@ def _cells(row: Row) -> list[str]:
     resident = row.rss_filled_bytes or row.footprint_filled_bytes
     if row.status != "measured":
         return [KINDS[row.kind], str(row.loops), *sizes, row.status, "-", "-", "-"]
-    speeds = [digits(speed) for speed in ((row.ttft_ms or 0.0) / 1000, row.prefill_tps or 0.0, row.decode_tps or 0.0)]
+    ttft = digits(row.ttft_ms / 1000) if row.ttft_ms is not None else "-"
+    speeds = [ttft, *(digits(speed or 0.0) for speed in (row.prefill_tps, row.decode_tps))]
     return [KINDS[row.kind], str(row.loops), *sizes, mib(resident) if resident else "-", *speeds]
 
 
