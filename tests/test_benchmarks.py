@@ -127,6 +127,7 @@ def loops_rows() -> list[BenchRow]:
     return [*rows, bench_row("melt", 4, n_depth=3000), bench_row("ouro", 4, n_depth=3000, weights_bytes=90)]
 
 
+@pytest.mark.slow
 def test_every_section_runs_and_writes_its_lines(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT.parent / "looped.py"), "--tiny", "--json", str(tmp_path)]
     done = subprocess.run(
