@@ -82,6 +82,11 @@ class LlamaBackend(VocabularyText):
 
     # -- computing
 
+    @property
+    def native_s(self) -> float | None:
+        """Not measured: the library's own clock leaves out what it does around a graph."""
+        return None
+
     def reset(self) -> None:
         """Empty the cache."""
         self._llama.reset()

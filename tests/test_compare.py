@@ -30,10 +30,11 @@ from melt_edge.compare.paper import paper_table
 from melt_edge.compare.plot import check_plot, write_plot
 from melt_edge.compare.points import Contender, Point, Row, computed, contenders, grid
 from melt_edge.compare.process_memory import peak_rss_bytes, process_memory
-from melt_edge.compare.random_model import default_cache_dir, random_model, write_random_gguf
+from melt_edge.compare.random_model import random_model, write_random_gguf
 from melt_edge.compare.shapes import SHAPES, shape_config
 from melt_edge.compare.table import csv_text, paper_lines, ratio_lines, tables
 from melt_edge.errors import BackendUnavailableError, ConfigError
+from melt_edge.files import default_cache_dir
 from melt_edge.runtime.gguf_check import check_gguf, config_from_gguf
 from melt_edge.spec import tensor_specs
 

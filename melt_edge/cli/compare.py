@@ -133,9 +133,10 @@ def _contenders(
 ) -> Iterator[list[Contender]]:
     """The files to compare; those that are only made for this run are removed at its end."""
     from melt_edge.compare.points import contenders
-    from melt_edge.compare.random_model import check_disk, default_cache_dir, make_folder, random_model
+    from melt_edge.compare.random_model import check_disk, make_folder, random_model
     from melt_edge.compare.shapes import shape_config
     from melt_edge.export.share_kv import share_kv_gguf
+    from melt_edge.files import default_cache_dir
 
     folder = cache_dir or default_cache_dir()
     found: list[Contender] = []
