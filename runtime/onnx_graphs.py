@@ -18,6 +18,7 @@ import numpy as np
 
 from melt_edge.config import LoopConfig
 from melt_edge.errors import BackendUnavailableError, FormatError
+from melt_edge.runtime.onnx_inplace import broken_pairs
 from melt_edge.runtime.onnx_ops import OPERATORS, Constants, NodeView, RuleBroken
 
 MAX_NODES_PER_LAYER = 256
@@ -167,6 +168,8 @@ class _Check:
         constants = Constants(self.config, self.n_ctx, shapes, inner, {port.name: port.shape for port in ports.inputs})
         for node in graph.node:
             self.check_node(node, constants)
+        for name, reader in broken_pairs(graph):
+            self.fail(f"node {reader[:80]!r} may read {name} after it is overwritten, expected it to come before")
         return CheckedGraph(model, tuple(stored))
 
     def check_header(self, model: Any) -> None:
