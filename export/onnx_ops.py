@@ -1,0 +1,118 @@
+"""The layers' operators as ONNX nodes: which operator computes a norm, a matrix product or attention here.
+
+One place chooses between onnxruntime's own operators and those of the standard; the model's path is in onnx_graph.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import helper
+
+from melt_edge.config import LoopConfig
+from melt_edge.export.onnx_builder import Dim, GraphBuilder, Value
+from melt_edge.export.onnx_weights import WeightsFile
+
+PRECISIONS = ("fp32", "fp16")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an ONNX folder is written. batch, chunk: numbers, or symbols for what is chosen at run time.
+
+    portable: operators of the ONNX standard alone.
+    """
+
+    precision: str
+    n_ctx: int
+    portable: bool = False
+    batch: Dim = "batch"
+    chunk: Dim = "chunk"
+
+    @property
+    def opset(self) -> int:
+        """The standard's version: the oldest that has every operator used."""
+        return 24 if self.portable else 23
+
+    @property
+    def activations(self) -> np.dtype[Any]:
+        """The type of states, latents and cache rows."""
+        return np.dtype(np.float16 if self.precision == "fp16" else np.float32)
+
+
+class Ops:
+    """Adds operators to a graph under names like the reference's."""
+
+    def __init__(self, name: str, config: LoopConfig, layout: Layout, weights: WeightsFile) -> None:
+        self.graph = GraphBuilder(name, layout.opset)
+        self.config = config
+        self.layout = layout
+        self.weights = weights
+        self.float = layout.activations
+
+    def embedding(self, tokens: Value, name: str, path: str, output: str) -> Value:
+        """Rows of a table. Shapes: tokens (B, C) -> (B, C, D)."""
+        table = self.graph.stored(self.weights.plain(name, self.float))
+        shape = (*tokens.shape, self.config.hidden_size)
+        return self.graph.node(path, "Gather", [table, tokens], [(output, self.float, shape)], axis=0)[0]
+
+    def rms_norm(self, x: Value, name: str, path: str, output: str | None = None) -> Value:
+        """x / rms(x) * weight, computed in float32 whatever the type of x. Shapes: (B, C, D) -> (B, C, D)."""
+        weight = self.graph.stored(self.weights.plain(name, self.float))
+        eps = self.config.rms_norm_eps
+        return self.graph.op(
+            path, "RMSNormalization", [x, weight], x.shape, output=output, axis=-1, epsilon=eps, stash_type=1
+        )
+
+    def linear(self, x: Value, name: str, path: str, *, bias: str | None = None, output: str | None = None) -> Value:
+        """x W^T + b. Shapes: (B, C, in) -> (B, C, out)."""
+        weight = self.graph.stored(self.weights.transposed((name,), self.float))
+        y = self.graph.op(path, "MatMul", [x, weight], (*x.shape[:-1], weight.shape[1]), output=output)
+        if bias is None:
+            return y
+        return self.add(y, self.graph.stored(self.weights.plain(bias, self.float)), path)
+
+    def head(self, x: Value, output: str) -> Value:
+        """Logits in float32. Shapes: (B, C, D) -> (B, C, V)."""
+        named = output if self.float == np.float32 else None
+        if not self.config.tie_word_embeddings:
+            y = self.linear(x, "lm_head.weight", "/head", output=named)
+        else:
+            # Stored once, as the embedding reads it; onnxruntime transposes it while loading.
+            table = self.graph.stored(self.weights.plain("model.embed_tokens.weight", self.float))
+            turned = self.graph.op("/head/table", "Transpose", [table], table.shape[::-1], perm=[1, 0])
+            y = self.graph.op("/head", "MatMul", [x, turned], (*x.shape[:-1], table.shape[0]), output=named)
+        return y if named else self.cast(y, np.float32, "/head", output)
+
+    def add(self, a: Value, b: Value, path: str) -> Value:
+        """a + b; b may have fewer axes."""
+        return self.graph.op(path, "Add", [a, b], a.shape)
+
+    def sub(self, a: Value, b: Value, path: str) -> Value:
+        """a - b, of one shape."""
+        return self.graph.op(path, "Sub", [a, b], a.shape)
+
+    def mul(self, a: Value, b: Value, path: str, output: str | None = None) -> Value:
+        """a * b, of one shape."""
+        return self.graph.op(path, "Mul", [a, b], a.shape, output=output)
+
+    def sigmoid(self, x: Value, path: str) -> Value:
+        """1 / (1 + exp(-x))."""
+        return self.graph.op(path, "Sigmoid", [x], x.shape)
+
+    def silu(self, x: Value, path: str) -> Value:
+        """x * sigmoid(x)."""
+        return self.mul(x, self.sigmoid(x, path), path)
+
+    def cast(self, x: Value, dtype: npt.DTypeLike, path: str, output: str | None = None) -> Value:
+        """The same values in another type."""
+        kind = np.dtype(dtype)
+        to = helper.np_dtype_to_tensor_dtype(kind)
+        return self.graph.node(path, "Cast", [x], [(output, kind, x.shape)], to=to)[0]
+
+    def int64(self, name: str, *values: int) -> Value:
+        """A small constant vector."""
+        return self.graph.constant(name, values, np.int64)

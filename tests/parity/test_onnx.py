@@ -1,0 +1,97 @@
+"""The ONNX graphs in float32, run by onnxruntime, compute what the reference computes in float64."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from melt_edge.checkpoint import save_checkpoint
+from melt_edge.config import LoopConfig
+from melt_edge.export.onnx import export_onnx
+from melt_edge.export.onnx_verify import LoopSteps, folder_logits
+from parity.reference import distance, random_tokens, reference_logits, reference_model
+from parity.test_logits import LIMIT, MODELS, N_DECODE, N_TOKENS, WHOLE
+from tiny import tiny_config, tiny_tensors
+
+
+@pytest.fixture(scope="session")
+def make_onnx(tmp_path_factory, make_checkpoint):
+    """make_onnx(config, **export_options) -> folder, built once; do not write into it."""
+    root, made = tmp_path_factory.mktemp("onnx"), {}
+
+    def make(config: LoopConfig, **options) -> Path:
+        key = repr((config, sorted(options.items())))
+        if key not in made:
+            out = root / str(len(made))
+            export_onnx(make_checkpoint(config), out, **{"n_ctx": 64, "verify": False, **options})
+            made[key] = out
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 8, WHOLE])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_the_reference(make_checkpoint, make_onnx, name: str, chunk_size: int) -> None:
+    """A prompt in chunks, then one token at a time."""
+    config = MODELS[name]
+    tokens = random_tokens(N_TOKENS, config.vocab_size)
+    expected = reference_logits(reference_model(make_checkpoint(config)), tokens, chunk_size, N_DECODE)
+    n_prompt = N_TOKENS - N_DECODE
+    got = folder_logits(make_onnx(config), tokens[:n_prompt], tokens[n_prompt:], chunk_size)
+    assert distance(got, expected) < LIMIT
+
+
+@pytest.mark.parametrize("name", list(MODELS)[1::2])
+def test_the_standards_operators_compute_the_same(make_checkpoint, make_onnx, name: str) -> None:
+    config = MODELS[name]
+    tokens = random_tokens(N_TOKENS, config.vocab_size)
+    expected = reference_logits(reference_model(make_checkpoint(config)), tokens, 8, N_DECODE)
+    n_prompt = N_TOKENS - N_DECODE
+    got = folder_logits(make_onnx(config, portable=True), tokens[:n_prompt], tokens[n_prompt:], 8)
+    assert distance(got, expected) < LIMIT
+
+
+def test_a_wrong_tensor_is_seen(make_onnx, tmp_path) -> None:
+    """The twin of the parity tests: each tensor, changed a little, must fail them."""
+    config = tiny_config("melt", layers=1, early_exit_threshold=0.6)
+    tokens = random_tokens(N_TOKENS, config.vocab_size)
+    got = folder_logits(make_onnx(config), tokens, [], 8)
+    missed = []
+    for name, tensor in tiny_tensors(config).items():
+        noise = 0.05 * np.random.default_rng(1).standard_normal(tensor.shape) + (2.0 if "early_exit" in name else 0.0)
+        folder = save_checkpoint(
+            tmp_path / name, config, {**tiny_tensors(config), name: (tensor + noise).astype(np.float32)}
+        )
+        if distance(got, reference_logits(reference_model(folder), tokens, 8)) < LIMIT:
+            missed.append(name)
+    assert missed == []
+
+
+def batch_logits(folder, rows: list[list[int]], cuts: list[int]) -> np.ndarray:
+    runner = LoopSteps(folder, batch=len(rows))
+    tokens = np.array(rows, np.int64)
+    return np.concatenate([runner.chunk(tokens[:, a:b]) for a, b in itertools.pairwise(cuts)], axis=1)
+
+
+@pytest.mark.parametrize(("portable", "n_chunked"), [(False, 8), (True, 24)])
+def test_sequences_of_a_batch_do_not_disturb_each_other(make_checkpoint, make_onnx, portable, n_chunked) -> None:
+    """Two sequences of one length: chunk after chunk, then token by token."""
+    config = tiny_config("melt")
+    rows = [random_tokens(N_TOKENS, config.vocab_size, seed) for seed in (0, 1)]
+    cuts = [*range(0, n_chunked, 8), *range(n_chunked, N_TOKENS + 1)]
+    got = batch_logits(make_onnx(config, portable=portable), rows, cuts)
+    model = reference_model(make_checkpoint(config))
+    for row, found in zip(rows, got, strict=True):
+        assert distance(found, reference_logits(model, row, 8, N_TOKENS - n_chunked)) < LIMIT
+
+
+def test_the_fused_attention_refuses_a_later_chunk_of_a_batch(make_onnx) -> None:
+    """The documented limit of a batch: one first chunk, then one token at a time."""
+    config = tiny_config("melt")
+    rows = [random_tokens(16, config.vocab_size, seed) for seed in (0, 1)]
+    with pytest.raises(RuntimeError, match="batch_size must be 1"):
+        batch_logits(make_onnx(config), rows, [0, 8, 16])
