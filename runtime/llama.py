@@ -21,8 +21,8 @@ from melt_edge.runtime.bindings import llama_class
 from melt_edge.runtime.gguf_check import check_gguf
 from melt_edge.runtime.library import captured_log, import_llama_cpp, last_reason, native_function
 from melt_edge.runtime.machine import rss_bytes
-from melt_edge.runtime.memory import KV_TYPES, check_array, check_budget, estimate
-from melt_edge.runtime.options import LoadOptions, Settings, model_info, resolve
+from melt_edge.runtime.memory import KV_TYPES, check_array, check_budget
+from melt_edge.runtime.options import LoadOptions, Settings, estimate_file, model_info, resolve
 from melt_edge.runtime.state import (
     ByteArray,
     CacheLayout,
@@ -43,15 +43,7 @@ class LlamaBackend(VocabularyText):
         """Raises: as loading.load."""
         self.file = check_gguf(path)
         self.settings = settings = resolve(self.file, options)
-        needed = estimate(
-            self.file,
-            settings.config,
-            n_ctx=settings.n_ctx,
-            n_ubatch=settings.chunk,
-            n_batch=settings.n_batch,
-            kv_type=settings.kv_type,
-            flash_attn=settings.flash_attn is not False,
-        )
+        needed = estimate_file(self.file, settings)
         check_budget(needed, n_ctx=settings.n_ctx, kv_type=settings.kv_type, source=str(path))
         self._low = import_llama_cpp().llama_cpp
         self._llama = self._open()

@@ -89,8 +89,12 @@ class OnnxFolder:
     def n_params(self) -> int:
         """Weights of the model; each physical tensor counts once, however often it is run."""
         total = sum(math.prod(spec.shape) for spec in tensor_specs(self.config).values())
-        tied = not any(weight.name.startswith("lm_head.") for weight in self.graphs["head"].weights)
-        return total + (0 if tied else self.config.vocab_size * self.config.hidden_size)
+        return total + (0 if self.is_tied else self.config.vocab_size * self.config.hidden_size)
+
+    @property
+    def is_tied(self) -> bool:
+        """True if the head reads the embedding's table."""
+        return not any(weight.name.startswith("lm_head.") for weight in self.graphs["head"].weights)
 
     @property
     def metadata(self) -> dict[str, Any]:

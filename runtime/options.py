@@ -11,7 +11,7 @@ from melt_edge.errors import ConfigError
 from melt_edge.runtime.base import ModelInfo
 from melt_edge.runtime.gguf_check import GGUFInfo, config_from_gguf
 from melt_edge.runtime.machine import usable_cores
-from melt_edge.runtime.memory import KV_TYPES
+from melt_edge.runtime.memory import KV_TYPES, Estimate, estimate
 from melt_edge.runtime.text import shown
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,19 @@ def resolve(file: GGUFInfo, options: LoadOptions) -> Settings:
         n_threads=checked_threads(options.n_threads),
         n_gpu_layers=options.n_gpu_layers,
         flash_attn=options.flash_attn,
+    )
+
+
+def estimate_file(file: GGUFInfo, settings: Settings) -> Estimate:
+    """The bytes a file will need when opened with these settings."""
+    return estimate(
+        file,
+        settings.config,
+        n_ctx=settings.n_ctx,
+        n_ubatch=settings.chunk,
+        n_batch=settings.n_batch,
+        kv_type=settings.kv_type,
+        flash_attn=settings.flash_attn is not False,
     )
 
 

@@ -52,7 +52,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Contender]:
 
 
 def points_of(models: list[Contender], **changes: Any) -> list[Point]:
-    options: dict[str, Any] = {"loops": [1, 2, 4], "n_ctx": [N_CTX], "kv_types": ["f16"], "backends": ["llama"]}
+    options: dict[str, Any] = {"loops": [1, 2, 4], "n_ctx": [N_CTX], "kv_types": ["f16"], "backends": None}
     return grid(models, **{**options, "n_decode": 4, "n_threads": 1, **changes})
 
 

@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from melt_edge.cli.console import err, human_bytes, note, out, print_json, progress_bar, safe
-from melt_edge.cli.options import Debug, Force, Json, Threads, check_new_file, model_file, option
-from melt_edge.errors import BackendUnavailableError
+from melt_edge.cli.options import Debug, Force, Json, Threads, check_new_file, model_path, option
+from melt_edge.errors import BackendUnavailableError, ConfigError
 
 if TYPE_CHECKING:
     from melt_edge.compare.points import Contender, Point, Row
@@ -28,7 +28,9 @@ _MODELS, _GRID, _OUTPUT = "What is compared", "Points", "Output"
 def compare(
     models: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="MODEL", show_default=False, help="GGUF files of an Ouro or MELT, or ouro-tiny."),
+        typer.Argument(
+            metavar="MODEL", show_default=False, help="GGUF files or ONNX folders of an Ouro or MELT, or ouro-tiny."
+        ),
     ] = None,
     shape: Annotated[
         str | None,
@@ -57,7 +59,10 @@ def compare(
     kv_type: Annotated[
         str, option("--kv-type", metavar="T,T", panel=_GRID, show=True, help="Cache types: f32, f16, q8_0, q4_0.")
     ] = "f16",
-    backend: Annotated[str, option("--backend", metavar="B,B", panel=_GRID, show=True, help="Backends.")] = "llama",
+    backend: Annotated[
+        str | None,
+        option("--backend", metavar="B,B", panel=_GRID, help="Only models of these: llama, onnx. (default: all)"),
+    ] = None,
     threads: Threads = None,
     n_decode: Annotated[
         int,
@@ -100,8 +105,9 @@ def compare(
     counts = _DEFAULT_LOOPS if shape is not None else None
     if loops is not None:
         counts = _numbers("--loops", loops, 64)
-    lengths, kv_types, backends = _numbers("--ctx", ctx, 2**20), _names(kv_type), _names(backend)
-    _check_names(kv_types, backends)
+    lengths, kv_types = _numbers("--ctx", ctx, 2**20), _names(kv_type)
+    backends = None if backend is None else _names(backend)
+    _check_names(kv_types, backends or [])
     _check_outputs(csv_file, plot_file, force=force)
 
     from melt_edge.compare.points import grid
@@ -117,6 +123,8 @@ def compare(
             n_decode=n_decode,
             n_threads=threads or usable_cores(),
         )
+        if not points:
+            raise ConfigError(f"--backend is {backend}, but no model here runs on it; leave it out")
         rows: list[Row] = []
         try:
             _measure(points, rows, time_limit)
@@ -141,11 +149,11 @@ def _contenders(
     folder = cache_dir or default_cache_dir()
     found: list[Contender] = []
     with ExitStack() as stack:
-        for path in map(model_file, models):
+        for path in map(model_path, models):
             name = path.stem if all(path.stem != other.name for other in found) else str(path)
             roles = contenders(path, name)
             found += roles
-            if share_kv and not roles[-1].config.shares_kv:
+            if share_kv and roles[-1].header.backend == "llama" and not roles[-1].config.shares_kv:
                 make_folder(folder)
                 check_disk(folder, path.stat().st_size)
                 temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="share-kv-", dir=folder))
@@ -254,9 +262,7 @@ def _check_names(kv_types: list[str], backends: list[str]) -> None:
             raise typer.BadParameter(f"--kv-type is {name!r}, expected some of {', '.join(KV_TYPES)}")
     for name in backends:
         if name not in BACKENDS:
-            raise BackendUnavailableError(
-                f"backend is {name!r}, expected {' or '.join(BACKENDS)}: others cannot be measured yet"
-            )
+            raise BackendUnavailableError(f"backend is {name!r}, expected {' or '.join(BACKENDS)}")
 
 
 def _check_outputs(csv_file: Path | None, plot_file: Path | None, *, force: bool) -> None:

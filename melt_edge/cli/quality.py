@@ -85,7 +85,7 @@ BaseChunk = Annotated[
     int | None,
     option("--base-chunk", metavar="N", min=1, panel=_BASE, help="--chunk of BASE."),
 ]
-BaseKvType = Annotated[str, option("--base-kv-type", metavar="TYPE", panel=_BASE, show=True, help="--kv-type of BASE.")]
+BaseKvType = Annotated[str | None, option("--base-kv-type", metavar="TYPE", panel=_BASE, help="--kv-type of BASE.")]
 BaseShareKv = Annotated[bool, option("--base-share-kv", panel=_BASE, help="--share-kv of BASE.")]
 
 
@@ -97,7 +97,7 @@ def perplexity(
     parse_special: ParseSpecial = False,
     loops: Loops = None,
     chunk: Chunk = None,
-    kv_type: KvType = "f16",
+    kv_type: KvType = None,
     share_kv: ShareKv = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -156,11 +156,11 @@ def kl(
     parse_special: ParseSpecial = False,
     loops: Loops = None,
     chunk: Chunk = None,
-    kv_type: KvType = "f16",
+    kv_type: KvType = None,
     share_kv: ShareKv = False,
     base_loops: BaseLoops = None,
     base_chunk: BaseChunk = None,
-    base_kv_type: BaseKvType = "f16",
+    base_kv_type: BaseKvType = None,
     base_share_kv: BaseShareKv = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -189,7 +189,7 @@ def kl(
     data = read_bytes(text)
     side = settings(model, loops=loops, chunk_size=chunk, kv_type=kv_type, share_kv=share_kv)
     other = settings(base, loops=base_loops, chunk_size=base_chunk, kv_type=base_kv_type, share_kv=base_share_kv)
-    check_same_vocabulary(side.file, other.file)
+    check_same_vocabulary(side.header, other.header)
     n_ctx = window_size(ctx, side, other)
     watch = Stopwatch()
     with (

@@ -19,6 +19,7 @@ from melt_edge.errors import MeltError
 from melt_edge.runtime.library import import_llama_cpp
 from melt_edge.runtime.loading import BACKENDS
 from melt_edge.runtime.options import LoadOptions
+from melt_edge.runtime.ort_session import import_onnxruntime
 
 
 def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int) -> dict[str, Any]:
@@ -27,6 +28,8 @@ def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int) -> dic
     The tokens are random, the same for every model of the same vocabulary. Raises: as load.
     """
     import_llama_cpp()  # what the process weighs without a model
+    if backend == "onnx":
+        import_onnxruntime()
     result: dict[str, Any] = process_memory("before")
     model = BACKENDS[backend](path, options)
     result |= process_memory("loaded")
