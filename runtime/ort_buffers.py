@@ -13,6 +13,7 @@ import numpy.typing as npt
 from melt_edge.runtime.ort_session import PROVIDERS, import_onnxruntime
 
 Array = npt.NDArray[Any]
+HOST = "cpu"
 
 
 class Tensor:
@@ -38,24 +39,22 @@ class Tensor:
 class Memory:
     """Makes tensors on the device of a provider, and counts their bytes."""
 
-    def __init__(self, provider: str, *, host: bool | None = None) -> None:
-        """host: whether tensors are numpy's; None: as the provider wants it."""
+    def __init__(self, provider: str) -> None:
         self._ort = import_onnxruntime().OrtValue
-        self._device = PROVIDERS[provider][1]
-        self._host = self._device is None if host is None else host
+        self._device = PROVIDERS[provider][1] or HOST
         self.nbytes = 0
 
     @property
     def is_host(self) -> bool:
         """True if tensors are numpy arrays that onnxruntime sees."""
-        return self._host
+        return self._device == HOST
 
     def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Tensor:
         """A tensor of zeros, its memory taken from the system now."""
         array = self.array(shape, dtype)
-        if self._host:
+        if self.is_host:
             return self.view(array)
-        value = self._ort.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype).type, self._device or "cpu", 0)
+        value = self._ort.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype).type, self._device, 0)
         value.update_inplace(array)
         return Tensor(value, None)
 
