@@ -38,7 +38,7 @@ MODELS = {
     "melt": tiny_config("melt"),
     "melt-input": tiny_config("melt", kv_gate_init="input"),
     "melt-none": tiny_config("melt", kv_gate="none", tied=True),
-    "melt-standard": tiny_config("melt", head_dim=12, num_loops=3),
+    "melt-portable": tiny_config("melt", head_dim=12, num_loops=3),
     "ouro": tiny_config("ouro", n_head_kv=4, head_dim=16),
 }
 
@@ -84,7 +84,7 @@ def reference_logits(model: LoopLM, tokens: list[int], chunks: list[int]) -> np.
 # -- numbers
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 8, 64])
+@pytest.mark.parametrize("chunk", [1, 3, 64])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_the_references(
     make_onnx: Callable[..., Path], make_checkpoint: Callable[..., Path], name: str, chunk: int
@@ -92,7 +92,8 @@ def test_logits_are_the_references(
     """A prompt in chunks by logits and by eval, then one token at a time."""
     config = MODELS[name]
     reference = load_model(make_checkpoint(config))
-    with melt_edge.load(make_onnx(config), n_threads=1, chunk_size=chunk) as model:
+    folder = make_onnx(config, portable=name == "melt-portable")
+    with melt_edge.load(folder, n_threads=1, chunk_size=chunk) as model:
         tokens = model.tokenize(PROMPT)
         n_prompt = len(tokens) - 5
         cuts = [chunk] * (n_prompt // chunk) + ([n_prompt % chunk] if n_prompt % chunk else [])
@@ -223,7 +224,7 @@ def test_appended_text_continues_the_cache(model: Model) -> None:
 
 def test_the_context_has_an_end(melt_onnx: Path) -> None:
     with melt_edge.load(melt_onnx, n_ctx=24, n_threads=1) as model:
-        done = model.generate(PROMPT[:12], temperature=0, stop=None, grammar='root ::= "a"*')
+        done = model.generate(PROMPT[:12], temperature=0, grammar='root ::= "a"{60}')
         assert (done.finish_reason, len(model.tokens)) == ("length", 24)
         with pytest.raises(ContextOverflowError, match="has room for 24"):
             model.generate(PROMPT * 3)
@@ -280,7 +281,7 @@ def test_a_chunk_stops_when_all_its_tokens_have_left(melt_onnx: Path) -> None:
         for loops in range(1, 5):
             with melt_edge.load(melt_onnx, n_threads=1, loops=loops) as fewer:
                 by_loop.append(fewer.logits(tokens))
-    with melt_edge.load(melt_onnx, n_threads=1, exit_threshold=0.5) as model:
+    with melt_edge.load(melt_onnx, n_threads=1, exit_threshold=0.3) as model:
         logits = model.logits(tokens)
         ran = backend_of(model).raw().counters.loops
     left = [next((t for t in range(4) if distance(row, by_loop[t][i]) < 1e-5), None) for i, row in enumerate(logits)]
