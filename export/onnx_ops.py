@@ -53,7 +53,7 @@ class Ops:
         self.weights = weights
         self.float = layout.activations
 
-    def embedding(self, tokens: Value, name: str, path: str, output: str) -> Value:
+    def embedding(self, tokens: Value, name: str, path: str, output: str | None) -> Value:
         """Rows of a table. Shapes: tokens (B, C) -> (B, C, D)."""
         table = self.graph.stored(self.weights.plain(name, self.float))
         shape = (*tokens.shape, self.config.hidden_size)
