@@ -542,3 +542,40 @@ def test_the_ends_of_prompts_share_a_few_bindings(model: Model) -> None:
         backend.reset()
         backend.eval([5] * length)
     assert list(backend.raw()._kept) == [5, 6, 7, 3]
+
+
+_GENERATE = """
+import sys
+import melt_edge
+from melt_edge.runtime.machine import rss_bytes
+folder, loops = sys.argv[1], int(sys.argv[2])
+with melt_edge.load(folder, loops=loops, n_threads=1) as model:
+    backend = model._backend()
+    backend.eval(list(range(40)))
+    highest = 0
+    for token in range(256):
+        backend.eval([token])
+        highest = max(highest, rss_bytes())
+    print(highest)
+"""
+
+
+@pytest.mark.slow
+def test_the_resident_set_does_not_grow_with_the_loops(make_onnx: Callable[..., Path]) -> None:
+    """256 tokens in a process of its own; an Ouro of the same shape, which grows, shows that this would be seen."""
+    shape: dict[str, Any] = {
+        "layers": 4,
+        "n_head": 4,
+        "n_head_kv": 4,
+        "hidden_size": 128,
+        "max_position_embeddings": 4096,
+    }
+
+    def resident(arch: str, loops: int) -> int:
+        folder = make_onnx(tiny_config(arch, **shape), n_ctx=4096)
+        command = [sys.executable, "-c", _GENERATE, str(folder), str(loops)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    melt = [resident("melt", loops) for loops in (1, 2, 4, 8)]
+    assert max(melt) < 1.02 * min(melt)
+    assert resident("ouro", 8) > 1.5 * resident("ouro", 1)
