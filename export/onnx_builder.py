@@ -61,21 +61,26 @@ class GraphBuilder:
         path: str,
         op: str,
         inputs: Sequence[Value | None],
-        outputs: Sequence[tuple[str | None, npt.DTypeLike, Shape]],
+        outputs: Sequence[tuple[str | None, npt.DTypeLike, Shape] | None],
         *,
         domain: str = "",
         **attributes: Any,
     ) -> list[Value]:
-        """Add the node ``path``/``op``. outputs: (name, dtype, shape), name None for one made from the path."""
+        """Add the node ``path``/``op``; returns its outputs, less those left out.
+
+        outputs: (name, dtype, shape), name None for one made from the path; None leaves an optional one out.
+        """
         name = f"{path}/{op}"
-        made = [
-            Value(given or f"{name}/output_{index}", np.dtype(dtype), shape)
-            for index, (given, dtype, shape) in enumerate(outputs)
+        slots = [
+            output and Value(output[0] or f"{name}/output_{index}", np.dtype(output[1]), output[2])
+            for index, output in enumerate(outputs)
         ]
+        made = [value for value in slots if value is not None]
         names = [value.name if value is not None else "" for value in inputs]
         while names and not names[-1]:
             names.pop()
-        self.nodes.append(helper.make_node(op, names, [v.name for v in made], name=name, domain=domain, **attributes))
+        made_names = [value.name if value is not None else "" for value in slots]
+        self.nodes.append(helper.make_node(op, names, made_names, name=name, domain=domain, **attributes))
         self._domains.add(domain)
         self._inner += made
         return made
@@ -118,17 +123,27 @@ class GraphBuilder:
             self._initializers[name] = numpy_helper.from_array(array, name)
         return Value(name, array.dtype, array.shape)
 
-    def model(self) -> onnx.ModelProto:
-        """The graph as a model, its inner values' shapes stated too."""
+    def body(self, name: str) -> GraphBuilder:
+        """A graph for a Loop of this one: it sees this one's values, and its weights and constants are kept here."""
+        inner = GraphBuilder(name, self.opset)
+        inner._initializers, inner._domains = self._initializers, self._domains
+        return inner
+
+    def proto(self, initializers: Sequence[onnx.TensorProto] = ()) -> onnx.GraphProto:
+        """The graph, its inner values' shapes stated too."""
         ends = {value.name for value in self.outputs}
-        graph = helper.make_graph(
+        return helper.make_graph(
             self.nodes,
             self.name,
             [_info(value) for value in self.inputs],
             [_info(value) for value in self.outputs],
-            list(self._initializers.values()),
+            list(initializers),
             value_info=[_info(value) for value in self._inner if value.name not in ends],
         )
+
+    def model(self) -> onnx.ModelProto:
+        """The graph as a model, with all constants and its places in the weights file."""
+        graph = self.proto(list(self._initializers.values()))
         opsets = [helper.make_opsetid(domain, self.opset if domain == "" else 1) for domain in sorted(self._domains)]
         return helper.make_model(
             graph,

@@ -7,14 +7,18 @@ Axes: B batch, C tokens of a chunk, D hidden, H heads, Dh head dim, V vocab.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from melt_edge.config import LoopConfig
-from melt_edge.export.onnx_attention import State, attention, declare_state
+from melt_edge.export.onnx_attention import attention, declare_state
 from melt_edge.export.onnx_builder import GraphBuilder, Value
 from melt_edge.export.onnx_ops import Layout, Ops
 from melt_edge.export.onnx_weights import WeightsFile
 
+# q, k, v, layer_idx, path -> the attention's output
+Attend = Callable[[Value, Value, Value, int, str], Value]
 GRAPHS = ("embed", "loop", "head")
 
 
@@ -46,10 +50,13 @@ def loop_graph(ops: Ops) -> GraphBuilder:
     if config.has_gate and config.kv_gate_init == "input":
         first_loop = graph.input("first_loop", np.bool_, ())
 
+    def attend(q: Value, k: Value, v: Value, layer_idx: int, path: str) -> Value:
+        return attention(ops, q, k, v, state, layer_idx, path)
+
     new_latents = []
     for layer_idx in range(config.num_hidden_layers):
         h = latents[layer_idx] if config.has_gate else None
-        x, h = decoder_layer(ops, x, h, first_loop, state, layer_idx)
+        x, h = decoder_layer(ops, x, h, first_loop, attend, layer_idx, "/loop")
         if config.has_gate:
             new_latents.append(h)
     x = ops.rms_norm(x, "model.norm.weight", "/loop/norm", output="x_out")  # the final norm closes EVERY loop
@@ -61,16 +68,19 @@ def loop_graph(ops: Ops) -> GraphBuilder:
 
 
 def decoder_layer(
-    ops: Ops, x: Value, h: Value | None, first_loop: Value | None, state: State, layer_idx: int
+    ops: Ops, x: Value, h: Value | None, first_loop: Value | None, attend: Attend, layer_idx: int, loop_path: str
 ) -> tuple[Value, Value]:
-    """Sandwich norms around attention and feed-forward. Returns the residual stream and the gate's latent."""
-    at, path = f"model.layers.{layer_idx}.", f"/loop/layers.{layer_idx}"
+    """Sandwich norms around attention and feed-forward. Returns the residual stream and the gate's latent.
+
+    attend: attention of q, k, v over the cache of the layer with this index, in nodes below a path.
+    """
+    at, path = f"model.layers.{layer_idx}.", f"{loop_path}/layers.{layer_idx}"
     u = ops.rms_norm(x, at + "input_layernorm.weight", f"{path}/input_layernorm")
-    h = u if h is None else kv_gate(ops, u, h, first_loop, layer_idx)
+    h = u if h is None else kv_gate(ops, u, h, first_loop, layer_idx, f"{path}/kv_gate")
     q = ops.linear(u, at + "self_attn.q_proj.weight", f"{path}/attn/q_proj")  # (B, C, H*Dh)
     k = ops.linear(h, at + "self_attn.k_proj.weight", f"{path}/attn/k_proj")  # (B, C, Hkv*Dh)
     v = ops.linear(h, at + "self_attn.v_proj.weight", f"{path}/attn/v_proj")
-    a = attention(ops, q, k, v, state, layer_idx, f"{path}/attn")
+    a = attend(q, k, v, layer_idx, f"{path}/attn")
     a = ops.linear(a, at + "self_attn.o_proj.weight", f"{path}/attn/o_proj")  # (B, C, D)
     a = ops.rms_norm(a, at + "input_layernorm_2.weight", f"{path}/input_layernorm_2")
     x = ops.add(x, a, f"{path}/attn/residual")
@@ -80,9 +90,9 @@ def decoder_layer(
     return ops.add(x, m, f"{path}/mlp/residual"), h
 
 
-def kv_gate(ops: Ops, u: Value, h: Value, first_loop: Value | None, layer_idx: int) -> Value:
+def kv_gate(ops: Ops, u: Value, h: Value, first_loop: Value | None, layer_idx: int, path: str) -> Value:
     """MELT's element-wise gate: the latent that this loop's K and V are made from. Shapes: (B, C, D)."""
-    at, path = f"model.layers.{layer_idx}.self_attn.kv_gate.", f"/loop/layers.{layer_idx}/kv_gate"
+    at = f"model.layers.{layer_idx}.self_attn.kv_gate."
     out = f"h_out.{layer_idx}"
     z = ops.linear(u, at + "x_proj.weight", f"{path}/x_proj", bias=at + "x_proj.bias")
     z = ops.add(z, ops.linear(h, at + "h_proj.weight", f"{path}/h_proj"), f"{path}/z")

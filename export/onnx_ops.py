@@ -67,7 +67,7 @@ class Ops:
         self.weights = weights
         self.float = layout.activations
 
-    def embedding(self, tokens: Value, name: str, path: str, output: str) -> Value:
+    def embedding(self, tokens: Value, name: str, path: str, output: str | None) -> Value:
         """Rows of a table. Shapes: tokens (B, C) -> (B, C, D)."""
         made = [(output, self.float, (*tokens.shape, self.config.hidden_size))]
         fmt = self._table_format()

@@ -24,7 +24,7 @@ _LLAMA3_SPLIT = (
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 # Splitting steps -> (llama.cpp's name, whether it looks whole words up before merging).
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     ("digits", "gpt2-regex"): ("smollm", False),
     ("gpt2-regex",): ("gpt-2", False),
     (_LLAMA3_SPLIT, "bytes"): ("llama-bpe", True),
@@ -300,9 +300,9 @@ def _pre_tokenizer(source: dict[str, Any], ignore_merges: bool, path: Path) -> s
     pre = source.get("pre_tokenizer")
     steps = pre.get("pretokenizers", []) if isinstance(pre, dict) and pre.get("type") == "Sequence" else [pre]
     shape = tuple(_step(step) for step in steps)
-    name, ignores = _PRE_TOKENIZERS.get(shape, (None, None))
+    name, ignores = PRE_TOKENIZERS.get(shape, (None, None))
     if name is None or ignores != ignore_merges:
-        known = ", ".join(sorted(entry[0] for entry in _PRE_TOKENIZERS.values()))
+        known = ", ".join(sorted(entry[0] for entry in PRE_TOKENIZERS.values()))
         raise FormatError(
             f"{path}: pre_tokenizer {json.dumps(pre)[:600]} with ignore_merges {ignore_merges} is none that "
             f"llama.cpp splits the same way; expected one of {known}"
@@ -311,7 +311,7 @@ def _pre_tokenizer(source: dict[str, Any], ignore_merges: bool, path: Path) -> s
 
 
 def _step(step: Any) -> str:
-    """One pre-tokenizer step in the words of _PRE_TOKENIZERS."""
+    """One pre-tokenizer step in the words of PRE_TOKENIZERS."""
     if not isinstance(step, dict):
         return repr(step)
     kind = step.get("type")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -113,7 +115,14 @@ def export_gguf(
 
 @export_app.command("onnx")
 def export_onnx(
-    checkpoint: CheckpointFolder,
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            show_default=False,
+            help="A checkpoint folder as Hugging Face lays it out; or a float GGUF file, or ouro-tiny.",
+        ),
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUT_DIR", show_default=False, help="The folder to write.")],
     precision: Annotated[
         str, typer.Option("--precision", "-p", metavar="TYPE", help="fp32, fp16, int8 or int4.")
@@ -149,14 +158,14 @@ def export_onnx(
 
       melt-edge export onnx Ouro-1.4B-Thinking ouro-onnx --precision int4
       melt-edge export onnx my-melt melt-onnx --precision fp16 --n-ctx 8192
+      melt-edge export onnx ouro-tiny tiny-onnx --share-kv --n-ctx 512
     """
     from melt_edge.export.onnx import export_onnx as write_onnx
 
-    _check_folder(checkpoint)
     watch = Stopwatch()
-    with progress_bar() as progress:
+    with _folder(checkpoint) as folder, progress_bar() as progress:
         report = write_onnx(
-            checkpoint,
+            folder,
             output,
             precision=precision.lower(),
             n_ctx=n_ctx,
@@ -207,6 +216,20 @@ def quantize(
             progress=progress,
         )
     _written(Path(written), watch)
+
+
+@contextmanager
+def _folder(checkpoint: Path) -> Iterator[Path]:
+    """A checkpoint folder, or what a float GGUF file or a shipped model unpacks to."""
+    if checkpoint.is_dir():
+        yield checkpoint
+        return
+    if not checkpoint.exists() and (len(checkpoint.parts) > 1 or checkpoint.suffix):
+        raise FormatError(f"{checkpoint}: no such file or folder; expected a checkpoint folder or a float .gguf file")
+    from melt_edge.export.from_gguf import unpacked_gguf
+
+    with unpacked_gguf(model_file(checkpoint)) as folder:
+        yield folder
 
 
 def _check_folder(checkpoint: Path) -> None:
