@@ -90,7 +90,7 @@ def export_onnx(
         sha256 = source.scan(None if progress is None else lambda done, total: progress(done, total, "checking"))
         weights.write(folder / WEIGHTS_NAME, progress)
         for name, graph in graphs.items():
-            _write_graph(folder / f"{name}.onnx", graph)
+            write_graph(folder / f"{name}.onnx", graph)
         _write_tokenizer(folder, source, config, tokenizer)
         keys = manifest(config, layout, graphs, tokenizer.ids, sampling, provenance(source, sha256))
         write_manifest(folder, keys, None if progress is None else lambda done, total: progress(done, total, "hashing"))
@@ -110,7 +110,7 @@ def _context(config: LoopConfig, n_ctx: int | None) -> int:
     return n_ctx
 
 
-def _write_graph(path: Path, graph: GraphBuilder) -> None:
+def write_graph(path: Path, graph: GraphBuilder) -> None:
     """Write a graph whose weights are there already. Its stated shapes must be what onnx infers."""
     import onnx
 
