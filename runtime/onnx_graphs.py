@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -138,7 +138,20 @@ def _parsed(data: bytes, path: Path) -> Any:
         model.ParseFromString(data)
     except Exception as err:  # protobuf's error class depends on its implementation
         raise FormatError(f"{path}: is no ONNX graph ({err}); export the folder again") from err
+    if not _is_text(model):
+        raise FormatError(f"{path}: has names that are not UTF-8; export the folder again")
     return model
+
+
+def _is_text(message: Any) -> bool:
+    """Whether every text below a message is one: protobuf gives bytes where it is no UTF-8."""
+    for field, value in message.ListFields():
+        items = value if isinstance(value, Iterable) and not isinstance(value, str | bytes) else (value,)
+        if field.type == field.TYPE_STRING and not all(isinstance(item, str) for item in items):
+            return False
+        if field.type == field.TYPE_MESSAGE and not all(_is_text(item) for item in items):
+            return False
+    return True
 
 
 class _Check:

@@ -313,6 +313,16 @@ def test_bytes_that_are_no_graph(folder: Path) -> None:
     refused(folder, r"embed.onnx: is no ONNX graph")
 
 
+@pytest.mark.parametrize("name", [b"input_ids", b"embed_tokens", b"/embed/Gather", b"batch"])
+def test_names_that_are_no_text(folder: Path, name: bytes) -> None:
+    """Protobuf gives them as bytes, which sorted and regular expressions do not take: a TypeError before."""
+    data = (folder / "embed.onnx").read_bytes()
+    assert name in data
+    (folder / "embed.onnx").write_bytes(data.replace(name, b"\xff" + name[1:], 1))
+    reseal(folder)
+    refused(folder, r"embed.onnx: has names that are not UTF-8")
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 def test_every_precision_passes_and_runs(make_onnx: Callable[..., Path], precision: str) -> None:
     for arch in ("melt", "ouro"):
