@@ -25,7 +25,8 @@ def resolve_folder(folder: OnnxFolder, options: LoadOptions) -> Settings:
     """The settings for a checked folder. Raises: ConfigError naming an argument that cannot be."""
     trained = folder.config
     config = with_loops(trained, options.loops)
-    n_ctx = checked_ctx(folder.n_ctx if options.n_ctx in (None, 0) else options.n_ctx, trained.max_position_embeddings)
+    everything = options.n_ctx is None or (type(options.n_ctx) is int and options.n_ctx == 0)
+    n_ctx = checked_ctx(folder.n_ctx if everything else options.n_ctx, trained.max_position_embeddings)
     if n_ctx > folder.n_ctx:
         raise ConfigError(
             f"n_ctx is {n_ctx}, {folder.path} was exported for {folder.n_ctx} tokens; "

@@ -43,11 +43,13 @@ def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int) -> dic
     model.eval(prompt)
     model.last_logits().argmax()
     prefill_s = time.perf_counter() - start
+    native_before = model.native_s
     start = time.perf_counter()
     for token in rest:
         model.eval([token])
         model.last_logits().argmax()
     decode_s = time.perf_counter() - start
+    native_after = model.native_s
 
     memory = model.memory()
     result |= process_memory("filled")
@@ -61,6 +63,8 @@ def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int) -> dic
         "prefill_tps": len(prompt) / prefill_s,
         "decode_tps": len(rest) / decode_s,
     }
+    if native_before is not None and native_after is not None:
+        result["decode_overhead"] = 1.0 - (native_after - native_before) / decode_s
     model.close()
     return result
 

@@ -60,7 +60,8 @@ class Row:
     loading if it is "computed". The library counts weights that it repacked for the CPU twice, because the
     mapped file stays. weights_type: the most frequent one. Resident sets (rss), proportional ones (pss,
     Linux) and footprints (macOS) are those of the process before loading, after it, and with the context
-    filled; peak_rss is the highest. None: not measured, or this system does not say.
+    filled; peak_rss is the highest. decode_overhead: the share of the decode time spent outside the library that
+    computes, where the backend measures it. None: not measured, or this system does not say.
     """
 
     model: str
@@ -91,6 +92,7 @@ class Row:
     ttft_ms: float | None = None
     prefill_tps: float | None = None
     decode_tps: float | None = None
+    decode_overhead: float | None = None
 
     @property
     def total_bytes(self) -> int | None:
