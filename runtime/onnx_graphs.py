@@ -28,6 +28,7 @@ _OPSETS = {"": range(17, 27), "com.microsoft": range(1, 2)}
 
 # what a graph's tensor may be: ONNX's number -> numpy's name
 _DTYPES = {1: "float32", 10: "float16", 7: "int64", 6: "int32", 9: "bool", 2: "uint8", 3: "int8"}
+_STATE = ("past.", "present.")
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _EXTERNAL = 1  # TensorProto.EXTERNAL
 
@@ -114,9 +115,12 @@ def with_n_ctx(model: Any, n_ctx: int) -> bytes:
 
     Only for a graph whose state is read by GroupQueryAttention alone, which takes the room from its inputs.
     """
-    for port in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        if port.name.startswith(("past.", "present.")):
+    for port in (*model.graph.input, *model.graph.output):
+        if port.name.startswith(_STATE):
             port.type.tensor_type.shape.dim[2].dim_value = n_ctx
+    inner = [info for info in model.graph.value_info if not info.name.startswith(_STATE)]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(inner)
     return bytes(model.SerializeToString())
 
 
@@ -173,7 +177,7 @@ class _Check:
         self.check_ports(graph.input, ports.inputs, "input")
         self.check_ports(graph.output, ports.outputs, "output")
         stored, inner = self.check_initializers(graph, {port.name for port in ports.inputs})
-        limit = MAX_NODES_PER_LAYER * (config_layers(self.config) + 2)
+        limit = MAX_NODES_PER_LAYER * (self.config.num_hidden_layers + 2)
         if len(graph.node) > limit:
             self.fail(f"has {len(graph.node)} nodes, expected at most {limit}")
         shapes = {name: tuple(array.shape) for name, array in inner.items()}
@@ -308,11 +312,6 @@ class _Check:
 
 
 _TYPED_FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
-
-
-def config_layers(config: LoopConfig) -> int:
-    """Layers of a loop's graph."""
-    return config.num_hidden_layers
 
 
 def largest_size(config: LoopConfig, n_ctx: int) -> int:
