@@ -92,7 +92,7 @@ class WeightsFile:
     def blocks(
         self, names: tuple[str, ...], fmt: BlockFormat, dtype: npt.DTypeLike
     ) -> tuple[StoredTensor, StoredTensor, StoredTensor | None]:
-        """Matrices one above the other, quantised: data, scales, zero points. Shapes: [out, in] each -> the format's."""
+        """Matrices one above the other, quantised: data, scales, zero points of the format's shapes."""
         kind = np.dtype(dtype)
         n_in = self.source.tensors[names[0]].shape[1]
         n_out = sum(self.source.tensors[name].shape[0] for name in names)

@@ -140,6 +140,35 @@ def export_onnx(
     ] = None,
     share_kv: ShareKV = False,
     chunk_size: TrainedChunk = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            "--block-size",
+            metavar="N",
+            show_default=False,
+            help="Values that share a scale in int8 and int4: 16, 32, 64, 128 or 256. (default: 32)",
+        ),
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            show_default=False,
+            help="Whether blocks of int8 and int4 have no zero point of their own. (default: symmetric)",
+        ),
+    ] = None,
+    accuracy_level: Annotated[
+        int | None,
+        typer.Option(
+            "--accuracy-level",
+            metavar="N",
+            show_default=False,
+            help="How int8 and int4 products compute: 0 or 1 in float32, 4 with activations in int8. (default: 4)",
+        ),
+    ] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Also write graphs with no symbolic dimension, for NPU compilers.")
+    ] = False,
     portable: Annotated[
         bool, typer.Option("--portable", help="Use the operators of the ONNX standard alone (opset 24); slower.")
     ] = False,
@@ -171,6 +200,10 @@ def export_onnx(
             n_ctx=n_ctx,
             share_kv=share_kv,
             chunk_size=chunk_size,
+            block_size=block_size,
+            symmetric=symmetric,
+            accuracy_level=accuracy_level,
+            static=static,
             portable=portable,
             verify=verify,
             force=force,

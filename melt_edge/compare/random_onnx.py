@@ -11,7 +11,7 @@ from melt_edge.checkpoint import Checkpoint
 from melt_edge.config import LoopConfig
 from melt_edge.export.onnx import write_graph
 from melt_edge.export.onnx_graph import build_graphs
-from melt_edge.export.onnx_manifest import manifest, write_manifest
+from melt_edge.export.onnx_manifest import graph_file, manifest, write_manifest
 from melt_edge.export.onnx_ops import Layout
 from melt_edge.export.onnx_weights import WEIGHTS_NAME, StoredTensor, WeightsFile
 from melt_edge.export.tokenizer import SpecialIds
@@ -31,8 +31,8 @@ def write_random_onnx(folder: Path, config: LoopConfig, layout: Layout) -> None:
     graphs = build_graphs(config, layout, weights)
     weights.write(folder / WEIGHTS_NAME, None)
     for name, graph in graphs.items():
-        write_graph(folder / f"{name}.onnx", graph)
-    keys = manifest(config, layout, graphs, SpecialIds(0, 0, None, None), {}, {"name": "random"})
+        write_graph(folder / graph_file(name), graph)
+    keys = manifest(config, layout, graphs, {}, SpecialIds(0, 0, None, None), {}, {"name": "random"})
     write_manifest(folder, keys, None)
 
 
@@ -41,9 +41,7 @@ class _RandomWeights(WeightsFile):
 
     def __init__(self, config: LoopConfig, layout: Layout) -> None:
         nowhere = Path("random")
-        tensors = {
-            name: TensorInfo(name, "F32", spec.shape, nowhere, 0) for name, spec in tensor_specs(config).items()
-        }
+        tensors = {name: TensorInfo(name, "F32", spec.shape, nowhere, 0) for name, spec in tensor_specs(config).items()}
         super().__init__(Checkpoint(nowhere, config, tensors, []))
         self._layout = layout
         self._rng = np.random.default_rng(0)
