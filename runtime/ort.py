@@ -51,7 +51,7 @@ class OrtBackend(VocabularyText):
         self._vocab.metadata = folder.metadata
         assert settings.provider is not None
         self._runner: LoopRunner | None = LoopRunner(
-            open_sessions(folder, graphs, provider=settings.provider, n_threads=settings.n_threads),
+            open_sessions(folder.path, graphs, provider=settings.provider, n_threads=settings.n_threads),
             settings.config,
             n_ctx=settings.n_ctx,
             chunk=settings.chunk,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from melt_edge.errors import BackendError, BackendUnavailableError
-from melt_edge.runtime.onnx_folder import OnnxFolder
 from melt_edge.runtime.text import shown
 
 # A user's word -> onnxruntime's name, and the device its memory is on where that is not the processor's.
@@ -47,10 +47,10 @@ def checked_provider(name: str | None) -> str:
     return name
 
 
-def open_sessions(folder: OnnxFolder, graphs: Mapping[str, bytes], *, provider: str, n_threads: int) -> dict[str, Any]:
+def open_sessions(folder: Path, graphs: Mapping[str, bytes], *, provider: str, n_threads: int) -> dict[str, Any]:
     """An InferenceSession for each graph's bytes. Raises: BackendError with onnxruntime's reason.
 
-    The bytes that were checked are those that run; the weights are read from the folder alone.
+    folder: of the weights. The bytes that were checked are those that run; the weights are read from the folder alone.
     """
     ort = import_onnxruntime()
     full, _ = PROVIDERS[provider]
@@ -64,13 +64,13 @@ def open_sessions(folder: OnnxFolder, graphs: Mapping[str, bytes], *, provider: 
         # Waiting threads that spin gave nothing on a free machine (1.6 B in int4, 2 threads: 217 ms a token with
         # and without) and twice the time where another program wants a core (840 ms against 394 to 438).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.path))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         if provider == "dml":  # what its documentation asks for
             options.enable_mem_pattern = False
         try:
             sessions[name] = ort.InferenceSession(data, options, providers=[full])
         except Exception as err:  # the package raises a class of its own for every cause
-            raise BackendError(f"{folder.path}: onnxruntime cannot load {name}.onnx: {first_line(err)}") from err
+            raise BackendError(f"{folder}: onnxruntime cannot load {name}.onnx: {first_line(err)}") from err
     return sessions
 
 
