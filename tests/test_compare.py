@@ -183,7 +183,9 @@ def test_a_child_that_dies_is_a_row(
 
 def test_a_typed_error_of_the_child_is_the_reason(models: list[Contender], tmp_path: Path) -> None:
     """The file is gone when the child opens it."""
-    gone = replace(models[0], file=replace(models[0].file, path=tmp_path / "gone.gguf"))
+    header = models[0].header
+    source = replace(header.source, path=tmp_path / "gone.gguf")
+    gone = replace(models[0], header=replace(header, source=source))
     (point,) = points_of([gone])
     row = measure_point(point, limit_s=60)
     assert row.status == "failed"
@@ -444,7 +446,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
         (["--shape", "tiny", "--kv-type", "f17"], 2, "--kv-type is 'f17'"),
         (["--shape", "big"], 1, "expected one of ouro-1.4b, ouro-2.6b, tiny"),
         (["--shape", "tiny", "--type", "q2"], 1, "expected one of q4_0, q8_0, f16"),
-        (["--shape", "tiny", "--backend", "llama,onnx"], 1, "backend is 'onnx', expected llama"),
+        (["--shape", "tiny", "--backend", "llama,tpu"], 1, "backend is 'tpu', expected llama or onnx"),
         (["--shape", "tiny", "--plot", "x.pdf"], 1, ".png or .svg"),
         (["none.gguf"], 1, "no such file"),
     ],
