@@ -159,6 +159,8 @@ class Ops:
         fmt = self.layout.block_format
         if fmt is None or self.config.hidden_size % fmt.block_size:
             return None
+        if not fmt.symmetric and fmt.bits == 4 and fmt.n_blocks(self.config.hidden_size) % 2:
+            return None  # onnxruntime 1.23 reads zero points wrongly where a row's last one has a byte of its own
         return fmt
 
     def add(self, a: Value, b: Value, path: str) -> Value:

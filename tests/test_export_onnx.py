@@ -26,6 +26,7 @@ from melt_edge.export.onnx import export_onnx
 from melt_edge.export.onnx_graph import GRAPHS
 from melt_edge.export.onnx_quantize import BlockFormat, dequantize_rows, quantize_rows
 from melt_edge.spec import tensor_specs
+from parity.test_onnx import needs_opset_24
 from test_export_gguf import big_checkpoint  # noqa: F401
 from tiny import tiny_checkpoint, tiny_config
 
@@ -137,6 +138,14 @@ def test_a_tied_table_is_stored_once_and_quantised(exported: Any) -> None:
     assert embed == head
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_do_not_fill_a_block_fall_back(make_checkpoint: MakeCheckpoint, tmp_path: Path, tied: bool) -> None:
+    config = tiny_config("melt", hidden_size=48, tied=tied)
+    report = export_onnx(make_checkpoint(config), tmp_path / "o", precision="int8", n_ctx=64)
+    assert report.verified
+    assert any("the embedding stays float32" in note for note in report.notes)
+
+
 def test_the_manifest_is_true(exported: Any) -> None:
     folder = exported(KINDS[2], precision="int4", symmetric=False, static=True)
     keys = manifest(folder)
@@ -176,7 +185,11 @@ def test_special_tokens_are_put_right(tmp_path: Path) -> None:
     assert any("eos_token_id is 2" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(o, marks=needs_opset_24) if o.get("portable") else o for o in OPTIONS],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
 def test_small_models_are_verified(make_checkpoint: MakeCheckpoint, tmp_path: Path, options: dict[str, Any]) -> None:
     report = export_onnx(make_checkpoint(KINDS[2]), tmp_path / "o", n_ctx=64, **options)
     assert report.verified is True

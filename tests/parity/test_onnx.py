@@ -6,8 +6,9 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 
 from melt_edge.checkpoint import save_checkpoint
 from melt_edge.config import LoopConfig
@@ -17,6 +18,10 @@ from melt_edge.export.onnx_verify import LoopSteps, folder_logits
 from parity.reference import distance, kl_divergence, random_tokens, reference_logits, reference_model
 from parity.test_logits import LIMIT, MODELS, N_DECODE, N_TOKENS, WHOLE, cases
 from tiny import tiny_checkpoint, tiny_config, tiny_tensors
+
+# onnxruntime 1.23, the last for Python 3.10, ends at opset 23.
+OPSET_24 = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 24)
+needs_opset_24 = pytest.mark.skipif(not OPSET_24, reason=f"onnxruntime {onnxruntime.__version__} has no opset 24")
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +52,7 @@ def test_logits_equal_the_reference(make_checkpoint, make_onnx, name: str, chunk
     assert distance(got, expected) < LIMIT
 
 
+@needs_opset_24
 @pytest.mark.parametrize("name", list(MODELS)[1::2])
 def test_the_standards_operators_compute_the_same(make_checkpoint, make_onnx, name: str) -> None:
     config = MODELS[name]
@@ -79,7 +85,7 @@ def batch_logits(folder, rows: list[list[int]], cuts: list[int]) -> np.ndarray:
     return np.concatenate([runner.chunk(tokens[:, a:b]) for a, b in itertools.pairwise(cuts)], axis=1)
 
 
-@pytest.mark.parametrize(("portable", "n_chunked"), [(False, 8), (True, 24)])
+@pytest.mark.parametrize(("portable", "n_chunked"), [(False, 8), pytest.param(True, 24, marks=needs_opset_24)])
 def test_sequences_of_a_batch_do_not_disturb_each_other(make_checkpoint, make_onnx, portable, n_chunked) -> None:
     """Two sequences of one length: chunk after chunk, then token by token."""
     config = tiny_config("melt")
@@ -99,7 +105,7 @@ def test_the_fused_attention_refuses_a_later_chunk_of_a_batch(make_onnx) -> None
         batch_logits(make_onnx(config), rows, [0, 8, 16])
 
 
-@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("portable", [False, pytest.param(True, marks=needs_opset_24)])
 @pytest.mark.parametrize("name", list(MODELS)[2::4])
 def test_graphs_of_fixed_shapes_compute_the_same(make_checkpoint, make_onnx, name: str, portable: bool) -> None:
     """Chunks of 8, the last one padded, then one token at a time on the same state."""
@@ -121,6 +127,7 @@ def test_graphs_of_fixed_shapes_compute_the_same(make_checkpoint, make_onnx, nam
 def test_logits_equal_the_reference_for_any_shape(tmp_path_factory, case) -> None:
     """The same, over the space of shapes: heads that the fused operator does not take, too."""
     config, n_prompt, n_decode, seed, portable = case
+    assume(OPSET_24 or (not portable and config.head_dim % 16 == 0))
     folder = tmp_path_factory.mktemp("case")
     checkpoint = tiny_checkpoint(folder / "checkpoint", config, seed)
     export_onnx(checkpoint, folder / "onnx", n_ctx=64, portable=bool(portable), verify=False)
@@ -147,7 +154,7 @@ def test_smaller_precisions_stay_close(make_onnx, model_type: str, precision: st
     assert 0 < kl_divergence(got, expected) < KL_LIMITS[precision]
 
 
-@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_quantised_graphs_compute_with_the_quantised_values(
