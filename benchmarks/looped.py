@@ -113,7 +113,7 @@ def _fits(model: Contender, n_ctx: int) -> bool:
     """True if weights, mapped and repacked, and an f16 cache leave a gigabyte of this machine's memory."""
     free = available_bytes()
     kv = model.config.with_loops(N_LOOPS).kv_bytes_per_token(2) * n_ctx
-    return free is None or kv + 2 * model.file.file_bytes + 2**30 <= free
+    return free is None or kv + 2 * model.header.file_bytes + 2**30 <= free
 
 
 # -- lines

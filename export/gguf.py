@@ -17,7 +17,7 @@ from melt_edge.errors import BackendUnavailableError, ConfigError
 from melt_edge.export.metadata import add_config, add_provenance, add_sampling
 from melt_edge.export.quantize import Progress, check_type, quantize_file
 from melt_edge.export.tensors import DIRECT_TYPES, TensorPlan, encoded_blocks, plan_tensors
-from melt_edge.export.tokenizer import write_tokenizer
+from melt_edge.export.tokenizer import CheckpointTokenizer, add_tokenizer, write_tokenizer
 from melt_edge.files import atomic_output
 from melt_edge.runtime.gguf_check import check_gguf
 from melt_edge.spec import tensor_specs
@@ -73,7 +73,7 @@ def export_gguf(
     out = Path(out)
     type = check_type(type)
     with Checkpoint.open(checkpoint) as source, atomic_output(out, force=force) as temporary:
-        config = _target_config(source.config, share_kv=share_kv, chunk_size=chunk_size)
+        config = target_config(source.config, share_kv=share_kv, chunk_size=chunk_size)
         report = ExportReport(out, type, 0, list(source.notes))
         export = _Export(source, config, exit_gate, report, progress)
         if type in DIRECT_TYPES:
@@ -88,7 +88,7 @@ def export_gguf(
     return report
 
 
-def _target_config(config: LoopConfig, *, share_kv: bool, chunk_size: int | None) -> LoopConfig:
+def target_config(config: LoopConfig, *, share_kv: bool, chunk_size: int | None) -> LoopConfig:
     """The configuration the file describes."""
     if share_kv:
         return config.share_kv(chunk_size)
@@ -108,7 +108,7 @@ def _write(export: _Export, path: Path, type: str) -> None:
     notes += write_tokenizer(writer, source)
     add_sampling(writer, source)
     total = sum(plan.nbytes for plan in plans)
-    _check_disk(path, total)
+    check_disk(path, total)
     sha256 = source.scan(None if progress is None else lambda done, size: progress(done, size, "checking"))
     notes += add_provenance(writer, source, config, type, sha256)
     for plan in plans:
@@ -120,6 +120,17 @@ def _write(export: _Export, path: Path, type: str) -> None:
         _stream(writer, source, plans, total, progress)
     finally:
         writer.close()
+
+
+def write_vocabulary(path: Path, config: LoopConfig, tokenizer: CheckpointTokenizer) -> None:
+    """Write a GGUF file with the configuration and the tokenizer alone: llama.cpp's tokenizer for another backend."""
+    writer = GGUFWriter(None, config.model_type)
+    add_config(writer, config, exit_gate=True)
+    add_tokenizer(writer, tokenizer)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
 
 
 def _stream(
@@ -164,9 +175,11 @@ def _verify(export: _Export, path: Path, *, asked: bool) -> None:
     export.report.verified = True
 
 
-def _check_disk(path: Path, needed: int) -> None:
+def check_disk(path: Path, needed: int) -> None:
+    """Raises: ConfigError if the disk that ``path`` is on has no room for so many bytes."""
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise ConfigError(
-            f"{path.parent}: {free / 2**20:.0f} MiB free, the file needs {needed / 2**20:.0f} MiB; choose another disk"
+            f"{path.parent}: {free / 2**20:.0f} MiB free, the export needs {needed / 2**20:.0f} MiB; "
+            "choose another disk"
         )

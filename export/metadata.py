@@ -53,11 +53,12 @@ def add_config(writer: GGUFWriter, config: LoopConfig, *, exit_gate: bool) -> No
         writer.add_string(f"{arch}.kv_gate_init", config.kv_gate_init)
 
 
-def add_sampling(writer: GGUFWriter, source: Checkpoint) -> None:
-    """Sampling defaults of generation_config.json under the keys llama.cpp's tools read.
+def sampling_values(source: Checkpoint) -> dict[str, float | int]:
+    """Sampling defaults of generation_config.json under llama.cpp's names, checked.
 
-    Raises: ConfigError for a value that the check of the file would refuse once it is written.
+    Raises: ConfigError for a value that the check of a GGUF file would refuse once it is written.
     """
+    values: dict[str, float | int] = {}
     for key, name in _SAMPLING_KEYS.items():
         value = source.generation_config.get(key)
         if value is None:
@@ -71,32 +72,45 @@ def add_sampling(writer: GGUFWriter, source: Checkpoint) -> None:
                 f"{source.path / 'generation_config.json'}: key {key!r} is {value!r:.80}, "
                 f"expected {kind} from {rule.range_text}; correct or remove it"
             )
-        if whole:
-            writer.add_int32(f"general.sampling.{name}", int(value))
+        values[name] = int(value) if whole else float(value)
+    return values
+
+
+def add_sampling(writer: GGUFWriter, source: Checkpoint) -> None:
+    """Sampling defaults of generation_config.json under the keys llama.cpp's tools read (see sampling_values)."""
+    for name, value in sampling_values(source).items():
+        if isinstance(value, int):
+            writer.add_int32(f"general.sampling.{name}", value)
         else:
-            writer.add_float32(f"general.sampling.{name}", float(value))
+            writer.add_float32(f"general.sampling.{name}", value)
+
+
+def provenance(source: Checkpoint, sha256: str) -> dict[str, str]:
+    """Where a file comes from, no path of the machine that made it. sha256: of the checkpoint's weights."""
+    about = {"name": source_name(source.path), "sha256": sha256, "melt_edge": __version__}
+    license_name = _license(source.path)
+    return {**about, "license": license_name} if license_name else about
 
 
 def add_provenance(writer: GGUFWriter, source: Checkpoint, config: LoopConfig, type: str, sha256: str) -> list[str]:
-    """Where the file comes from, no path of the machine that made it; returns notes on what was changed."""
-    source_name = _source_name(source.path)
-    name = harmless_name(source_name)
+    """Write where the file comes from; returns notes on what was changed."""
+    about = provenance(source, sha256)
+    name = harmless_name(about["name"])
     n_params = sum(math.prod(spec.shape) for spec in tensor_specs(config).values())
     _, file_type = DIRECT_TYPES[type]
     writer.add_name(name)
     writer.add_size_label(f"{n_params / 1e9:.1f}B" if n_params >= 1e9 else f"{n_params / 1e6:.3g}M")
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
-    license_name = _license(source.path)
-    if license_name:
-        writer.add_license(license_name)
-    writer.add_string("general.source", source_name)
+    if "license" in about:
+        writer.add_license(about["license"])
+    writer.add_string("general.source", about["name"])
     writer.add_string("melt_edge.source_sha256", sha256)
-    writer.add_string("melt_edge.version", __version__)
+    writer.add_string("melt_edge.version", about["melt_edge"])
     writer.add_string("melt_edge.gguf_version", importlib.metadata.version("gguf"))
-    if name == source_name:
+    if name == about["name"]:
         return []
-    return [f"the model is named {name} in the file: llama.cpp takes a model named {source_name} for another one"]
+    return [f"the model is named {name} in the file: llama.cpp takes a model named {about['name']} for another one"]
 
 
 def harmless_name(name: str) -> str:
@@ -106,7 +120,8 @@ def harmless_name(name: str) -> str:
     return name
 
 
-def _source_name(path: Path) -> str:
+def source_name(path: Path) -> str:
+    """A checkpoint folder's name, the model's in the Hugging Face cache."""
     path = path.resolve()
     if path.parent.name == "snapshots":  # the Hugging Face cache: models--owner--name/snapshots/revision
         return path.parent.parent.name.rpartition("--")[2]

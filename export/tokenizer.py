@@ -24,7 +24,7 @@ _LLAMA3_SPLIT = (
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 # Splitting steps -> (llama.cpp's name, whether it looks whole words up before merging).
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     ("digits", "gpt2-regex"): ("smollm", False),
     ("gpt2-regex",): ("gpt-2", False),
     (_LLAMA3_SPLIT, "bytes"): ("llama-bpe", True),
@@ -54,14 +54,28 @@ class Vocabulary:
     special: frozenset[str]
 
 
-def write_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> list[str]:
-    """Add vocabulary, merges, special ids and chat template; returns notes on what was put right.
+@dataclass(frozen=True)
+class CheckpointTokenizer:
+    """What a checkpoint says about its tokenizer, special ids put right. notes: what that was."""
+
+    vocabulary: Vocabulary
+    ids: SpecialIds
+    template: str | list[dict[str, str]] | None
+    add_bos: bool
+    add_eos: bool
+    notes: list[str]
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> CheckpointTokenizer:
+    """The tokenizer of a checkpoint.
 
     Raises: FormatError for a tokenizer that is missing, larger than vocab_size, or that llama.cpp
     would not split the same way.
     """
     if checkpoint.tokenizer_path is None:
-        raise FormatError(f"{checkpoint.path}: tokenizer.json is missing; a GGUF file needs the tokenizer inside")
+        raise FormatError(
+            f"{checkpoint.path}: tokenizer.json is missing; an exported model needs the tokenizer with it"
+        )
     path = checkpoint.tokenizer_path
     source = read_json_object(path, max_bytes=512 * 2**20)
     notes: list[str] = []
@@ -69,7 +83,24 @@ def write_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> list[str]:
     template = chat_template(checkpoint)
     ids = special_ids(checkpoint, vocabulary, template, notes)
     add_bos, add_eos = _adds(source, checkpoint.tokenizer_config, ids)
+    if template is None:
+        notes.append("the checkpoint has no chat template: chat needs one to be given")
+    return CheckpointTokenizer(vocabulary, ids, template, add_bos, add_eos, notes)
 
+
+def write_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> list[str]:
+    """Add vocabulary, merges, special ids and chat template; returns notes on what was put right.
+
+    Raises: as read_tokenizer.
+    """
+    tokenizer = read_tokenizer(checkpoint)
+    add_tokenizer(writer, tokenizer)
+    return tokenizer.notes
+
+
+def add_tokenizer(writer: GGUFWriter, tokenizer: CheckpointTokenizer) -> None:
+    """Add the keys of a tokenizer that was read."""
+    vocabulary, ids = tokenizer.vocabulary, tokenizer.ids
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -81,13 +112,10 @@ def write_tokenizer(writer: GGUFWriter, checkpoint: Checkpoint) -> list[str]:
         writer.add_pad_token_id(ids.pad)
     if ids.unk is not None:
         writer.add_unk_token_id(ids.unk)
-    writer.add_add_bos_token(add_bos)
-    writer.add_add_eos_token(add_eos)
-    if template is None:
-        notes.append("the checkpoint has no chat template: chat needs one to be given")
-    else:
-        writer.add_chat_template(template)
-    return notes
+    writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_add_eos_token(tokenizer.add_eos)
+    if tokenizer.template is not None:
+        writer.add_chat_template(tokenizer.template)
 
 
 def read_vocabulary(source: dict[str, Any], vocab_size: int, path: Path, notes: list[str]) -> Vocabulary:
@@ -272,9 +300,9 @@ def _pre_tokenizer(source: dict[str, Any], ignore_merges: bool, path: Path) -> s
     pre = source.get("pre_tokenizer")
     steps = pre.get("pretokenizers", []) if isinstance(pre, dict) and pre.get("type") == "Sequence" else [pre]
     shape = tuple(_step(step) for step in steps)
-    name, ignores = _PRE_TOKENIZERS.get(shape, (None, None))
+    name, ignores = PRE_TOKENIZERS.get(shape, (None, None))
     if name is None or ignores != ignore_merges:
-        known = ", ".join(sorted(entry[0] for entry in _PRE_TOKENIZERS.values()))
+        known = ", ".join(sorted(entry[0] for entry in PRE_TOKENIZERS.values()))
         raise FormatError(
             f"{path}: pre_tokenizer {json.dumps(pre)[:600]} with ignore_merges {ignore_merges} is none that "
             f"llama.cpp splits the same way; expected one of {known}"
@@ -283,7 +311,7 @@ def _pre_tokenizer(source: dict[str, Any], ignore_merges: bool, path: Path) -> s
 
 
 def _step(step: Any) -> str:
-    """One pre-tokenizer step in the words of _PRE_TOKENIZERS."""
+    """One pre-tokenizer step in the words of PRE_TOKENIZERS."""
     if not isinstance(step, dict):
         return repr(step)
     kind = step.get("type")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
     from melt_edge.modeling import LoopLM
 
 FloatArray = npt.NDArray[np.float32]
+# prompt, one-token steps -> logits (n, V)
+FoundLogits = Callable[[list[int], list[int]], FloatArray]
 
 N_STEPS = 4
 MAX_PROMPT = 600
-# float32 files: largest difference of a logit, in standard deviations of the reference's logits.
+# float32 files (GGUF's name and ONNX's): largest difference of a logit, in standard deviations of the reference's.
+EXACT_TYPES = ("f32", "fp32")
 MAX_STD_F32 = 1e-3
 # Other types: mean KL divergence from the reference over all positions, in nats. Calibrated on random
 # weights, where every loop amplifies the rounding: twice the worst of 66 tiny checkpoints. A trained model
@@ -46,29 +50,39 @@ MAX_MEAN_KL = {
     "q3_k_m": 2.0,
     "q3_k_s": 2.0,
     "q2_k": 3.0,
+    # ONNX; activations and cache are float16 too
+    "fp16": 1e-3,
+    "int8": 0.1,
+    "int4": 4.0,
 }
 
 
 def verify_file(source: Checkpoint, config: LoopConfig, path: Path, type: str, *, exit_gate: bool) -> None:
-    """Compare the file's logits with the reference's on a prompt of several chunks and one-token steps.
+    """Compare a GGUF file's logits with the reference's on a prompt of several chunks and one-token steps.
 
     Raises: ParityError with the largest difference if it is above the type's limit;
     BackendUnavailableError if torch or the patched library is missing.
     """
     if not exit_gate:  # a file without the gate reads the last loop
         config = replace(config, early_exit_threshold=1.0)
-    tokens = _tokens(config)
+    verify_logits(source, config, type, lambda prompt, steps: _file_logits(path, prompt, steps))
+
+
+def verify_logits(source: Checkpoint, config: LoopConfig, type: str, found: FoundLogits) -> None:
+    """Compare logits with the reference's on a prompt of several chunks and one-token steps.
+
+    found: gives the logits of a prompt and of the steps after it, (n, V). Raises: as verify_file.
+    """
+    prompt, steps = _split(_tokens(config))
     model = reference_model(source, config)
-    expected = _reference_logits(model, tokens)
-    found = _file_logits(path, tokens)
-    compare(expected, found, type, what=str(source.path))
+    compare(_reference_logits(model, prompt, steps), found(prompt, steps), type, what=str(source.path))
 
 
 def compare(expected: FloatArray, found: FloatArray, type: str, *, what: str) -> None:
     """Raise ParityError if logits differ by more than the type allows. Shapes: (n, V) both."""
     if found.shape != expected.shape or not np.isfinite(found).all():
         raise ParityError(f"{what}: the file's logits are not finite or have shape {found.shape}, not {expected.shape}")
-    if type == "f32":
+    if type in EXACT_TYPES:
         worst = float(np.abs(found - expected).max() / expected.std())
         limit, measure = MAX_STD_F32, "largest difference in standard deviations"
     else:
@@ -99,12 +113,11 @@ def _split(tokens: list[int]) -> tuple[list[int], list[int]]:
     return tokens[:n_prompt], tokens[n_prompt:]
 
 
-def _reference_logits(model: LoopLM, tokens: list[int]) -> FloatArray:
+def _reference_logits(model: LoopLM, prompt: list[int], steps: list[int]) -> FloatArray:
     import torch
 
     from melt_edge.modeling import KVCache
 
-    prompt, steps = _split(tokens)
     cache = KVCache(model.config)
     with torch.inference_mode():
         logits = [model(torch.tensor([prompt]), cache).logits[0]]
@@ -113,12 +126,11 @@ def _reference_logits(model: LoopLM, tokens: list[int]) -> FloatArray:
     return joined
 
 
-def _file_logits(path: Path, tokens: list[int]) -> FloatArray:
+def _file_logits(path: Path, prompt: list[int], steps: list[int]) -> FloatArray:
     from melt_edge.runtime.llama import LlamaBackend
     from melt_edge.runtime.options import LoadOptions
 
-    prompt, steps = _split(tokens)
-    backend = LlamaBackend(path, LoadOptions(n_ctx=len(tokens), kv_type="f32", n_gpu_layers=0))
+    backend = LlamaBackend(path, LoadOptions(n_ctx=len(prompt + steps), kv_type="f32", n_gpu_layers=0))
     try:
         logits = [backend.logits(prompt)]
         for token in steps:

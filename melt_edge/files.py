@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,14 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
             os.replace(old, path)  # the second rename failed: the old folder comes back
         shutil.rmtree(old, ignore_errors=True)
     sync(path.parent)
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder for melt-edge: the platform's, or below $XDG_CACHE_HOME where that is set."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    if home:
+        return Path(home) / "melt-edge"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "melt-edge"
 
 
 def sync(path: Path) -> None:

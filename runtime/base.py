@@ -21,13 +21,15 @@ class Timings:
 
     Units: tokens and tokens per second. prompt: the tokens evaluated before the first new one (tokens
     that were in the cache already are not counted); decode: the tokens evaluated one at a time after it.
-    A rate is 0.0 where nothing was evaluated.
+    A rate is 0.0 where nothing was evaluated. decode_overhead: the share of the decode time that was not spent
+    inside the library that computes, sampling included; None where the backend does not measure it.
     """
 
     prompt_tokens: int
     prompt_tps: float
     decode_tokens: int
     decode_tps: float
+    decode_overhead: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class ModelInfo:
 
     num_loops, chunk_size: as used now; trained_*: as the file says. For ouro, whose results do not
     depend on chunks, chunk_size is the number of prompt tokens computed together and trained_chunk_size
-    is None. quantisation: the most frequent type of the weight matrices, by bytes.
+    is None. quantisation: the most frequent type of the weight matrices, by bytes; an ONNX folder's precision.
+    provider: onnxruntime's execution provider, None for a GGUF file. exit_threshold: as given to load.
     """
 
     architecture: str
@@ -86,6 +89,8 @@ class ModelInfo:
     kv_type: str
     n_threads: int
     backend: str
+    provider: str | None = None
+    exit_threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,10 @@ class Backend(Protocol):
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """The prompt text of these messages by the file's own template."""
+
+    @property
+    def native_s(self) -> float | None:
+        """Seconds spent inside the library that computes since loading; None where that is not measured."""
 
     def reset(self) -> None:
         """Empty the cache."""

@@ -109,6 +109,7 @@ def generate(
         start = time.perf_counter()
         backend.eval(tokens)
         prompt_s = time.perf_counter() - start
+        native_before = backend.native_s
         while max_tokens is None or len(generated) < max_tokens:
             start = time.perf_counter()
             token = sampler.sample(backend.last_logits())
@@ -131,6 +132,10 @@ def generate(
             backend.eval([token])
             decode_s += time.perf_counter() - start
             n_decoded += 1
+        native_after = backend.native_s
+    overhead = None
+    if native_before is not None and native_after is not None and n_decoded:
+        overhead = 1.0 - (native_after - native_before) / decode_s
     text = splitter.finish()
     if splitter.stopped:
         reason = "stop"
@@ -142,6 +147,7 @@ def generate(
         prompt_tps=_rate(len(tokens), prompt_s),
         decode_tokens=n_decoded,
         decode_tps=_rate(n_decoded, decode_s),
+        decode_overhead=overhead,
     )
     yield Completion(text="".join(shown), tokens=generated, finish_reason=reason, timings=timings)
 

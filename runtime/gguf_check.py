@@ -31,7 +31,7 @@ _EXIT_GATE = ("exit_gate.weight", "exit_gate.bias")
 _HEAD = "output.weight"
 _T = TypeVar("_T")
 
-__all__ = ["GGUFInfo", "TensorEntry", "check_gguf", "config_from_gguf", "inspect_gguf"]
+__all__ = ["GGUFInfo", "TensorEntry", "check_gguf", "check_vocabulary_gguf", "config_from_gguf", "inspect_gguf"]
 
 
 def inspect_gguf(path: str | Path) -> GGUFInfo:
@@ -62,16 +62,32 @@ def check_gguf(path: str | Path) -> GGUFInfo:
         the architecture cannot have; SpecError listing every tensor that is missing, surplus or wrong.
     """
     info = inspect_gguf(path)
+    _check_tensors(info, _check_metadata(info))
+    return info
+
+
+def check_vocabulary_gguf(path: str | Path) -> tuple[GGUFInfo, LoopConfig]:
+    """A file that holds a configuration and a tokenizer but no weights, as an ONNX folder has it.
+
+    The configuration says nothing of a tied head. Raises: as check_gguf.
+    """
+    info = inspect_gguf(path)
+    if info.tensors:
+        raise FormatError(f"{path}: has {len(info.tensors)} tensors, expected a tokenizer alone; export it again")
+    return info, _check_metadata(info)
+
+
+def _check_metadata(info: GGUFInfo) -> LoopConfig:
+    """Every key and the vocabulary; returns the configuration they describe."""
     for key in info.metadata:
         _check_key(info, key)
     for key, rule in _rules(info.arch).items():
         if rule.required and key not in info.metadata:
-            raise FormatError(f"{path}: key {key!r} is missing; export the file again")
+            raise FormatError(f"{info.path}: key {key!r} is missing; export the file again")
     _check_name(info)
     config = config_from_gguf(info)
     check_vocabulary(info, config.vocab_size)
-    _check_tensors(info, config)
-    return info
+    return config
 
 
 def config_from_gguf(info: GGUFInfo) -> LoopConfig:

@@ -9,21 +9,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from melt_edge.errors import BackendError, ConfigError
-from melt_edge.runtime.base import DoubleArray, FloatArray, Memory, SamplingParams
+from melt_edge.errors import BackendError
+from melt_edge.runtime.base import DoubleArray, FloatArray, Memory
 from melt_edge.runtime.bindings import llama_class
 from melt_edge.runtime.gguf_check import check_gguf
 from melt_edge.runtime.library import captured_log, import_llama_cpp, last_reason, native_function
 from melt_edge.runtime.machine import rss_bytes
-from melt_edge.runtime.memory import KV_TYPES, check_array, check_budget, estimate
-from melt_edge.runtime.options import LoadOptions, Settings, model_info, resolve
-from melt_edge.runtime.sampling import ChainSampler
+from melt_edge.runtime.memory import KV_TYPES, check_array, check_budget
+from melt_edge.runtime.options import LoadOptions, Settings, estimate_file, model_info, resolve
 from melt_edge.runtime.state import (
     ByteArray,
     CacheLayout,
@@ -32,53 +31,28 @@ from melt_edge.runtime.state import (
     read_state,
     write_state,
 )
-from melt_edge.runtime.template import render_chat
+from melt_edge.runtime.vocab import Vocabulary, VocabularyText
 
-MAX_TOKEN_BYTES = 2**20
 _SEQUENCE = 0
 
 
-class LlamaBackend:
+class LlamaBackend(VocabularyText):
     """One GGUF file opened by llama.cpp, with one conversation in its cache. Not thread-safe."""
 
     def __init__(self, path: Path, options: LoadOptions) -> None:
         """Raises: as loading.load."""
         self.file = check_gguf(path)
         self.settings = settings = resolve(self.file, options)
-        needed = estimate(
-            self.file,
-            settings.config,
-            n_ctx=settings.n_ctx,
-            n_ubatch=settings.chunk,
-            n_batch=settings.n_batch,
-            kv_type=settings.kv_type,
-            flash_attn=settings.flash_attn is not False,
-        )
+        needed = estimate_file(self.file, settings)
         check_budget(needed, n_ctx=settings.n_ctx, kv_type=settings.kv_type, source=str(path))
         self._low = import_llama_cpp().llama_cpp
         self._llama = self._open()
-        self._vocab = self._llama._model.vocab
-        self.info = model_info(self.file, settings, backend="llama")
-        if self._low.llama_vocab_n_tokens(self._vocab) != self.info.n_vocab:
+        try:
+            self._vocab = Vocabulary(self._llama._model.vocab, self.file)
+        except BaseException:
             self._llama.close()
-            raise BackendError(f"{path}: the library counts other tokens than the file has; export the file again")
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """The file's own keys and values."""
-        return self.file.metadata
-
-    @functools.cached_property
-    def max_token_bytes(self) -> int:
-        """A bound on the bytes of any token: a byte-level text never stands for more than its own length."""
-        tokens = self.file.metadata["tokenizer.ggml.tokens"]
-        assert isinstance(tokens, list)
-        return max(len(str(token).encode("utf-8", "replace")) for token in tokens)
-
-    @property
-    def has_chat_template(self) -> bool:
-        """True if the file brings a chat template."""
-        return bool(self.metadata.get("tokenizer.chat_template"))
+            raise
+        self.info = model_info(self.file, settings, backend="llama")
 
     @property
     def tokens(self) -> list[int]:
@@ -98,57 +72,12 @@ class LlamaBackend:
         """Free context and model; may be called twice."""
         self._llama.close()
 
-    # -- tokens and text
-
-    def tokenize(self, text: bytes, *, add_special: bool, parse_special: bool) -> list[int]:
-        """The token ids of UTF-8 bytes."""
-        # A first call without room returns minus the number of tokens.
-        count = -self._low.llama_tokenize(self._vocab, text, len(text), None, 0, add_special, parse_special)
-        if count <= 0:
-            return []
-        ids = (self._low.llama_token * count)()
-        found = self._low.llama_tokenize(self._vocab, text, len(text), ids, count, add_special, parse_special)
-        if found != count:
-            raise BackendError(f"the library cut the same text into {count} and then {found} tokens")
-        return list(ids)
-
-    def token_bytes(self, token: int, *, special: bool) -> bytes:
-        """The bytes of one token; control tokens are empty unless ``special``."""
-        size = 64
-        while size <= MAX_TOKEN_BYTES:
-            buffer = ctypes.create_string_buffer(size)
-            found = self._low.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
-            if found >= 0:
-                return buffer.raw[:found]
-            size = -found
-        raise BackendError(f"token {token} stands for more than {MAX_TOKEN_BYTES} bytes; export the file again")
-
-    def is_eog(self, token: int) -> bool:
-        """True for a token that ends a generation."""
-        return bool(self._low.llama_vocab_is_eog(self._vocab, token))
-
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt text of these messages by the file's own template.
-
-        Raises: ConfigError if the file has none, or for messages of another shape; see template.render_chat.
-        """
-        template = self.metadata.get("tokenizer.chat_template")
-        if not isinstance(template, str) or not template:
-            raise ConfigError(
-                f"{self.file.path}: has no chat template (key 'tokenizer.chat_template'); "
-                "use generate, or export the file from a checkpoint that has one"
-            )
-        low, vocab = self._low, self._vocab
-        return render_chat(
-            template,
-            messages,
-            bos_token=self._token_text(low.llama_vocab_bos(vocab)),
-            eos_token=self._token_text(low.llama_vocab_eos(vocab)),
-            add_generation_prompt=add_generation_prompt,
-            source=str(self.file.path),
-        )
-
     # -- computing
+
+    @property
+    def native_s(self) -> float | None:
+        """Not measured: the library's own clock leaves out what it does around a graph."""
+        return None
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -186,10 +115,6 @@ class LlamaBackend:
         finally:
             self._low.llama_set_embeddings(context, False)
             self.reset()
-
-    def sampler(self, params: SamplingParams, history: Sequence[int]) -> ChainSampler:
-        """llama.cpp's chain for these parameters."""
-        return ChainSampler(self._vocab, self.info.n_vocab, params, history)
 
     def memory(self) -> Memory:
         """Bytes as the library counts them."""
@@ -344,9 +269,6 @@ class LlamaBackend:
                 "the number of loops is far from the trained one"
             )
         return rows
-
-    def _token_text(self, token: int) -> str:
-        return self.token_bytes(token, special=True).decode("utf-8", errors="replace") if token >= 0 else ""
 
     def _open(self) -> Any:
         settings, low, path = self.settings, self._low, self.file.path

@@ -295,8 +295,14 @@ class Model:
 
     @property
     def llama(self) -> Any:
-        """The underlying ``llama_cpp.Llama``, on the same cache; its own prefix reuse may recut chunks."""
-        return self._backend().raw()
+        """The underlying ``llama_cpp.Llama``, on the same cache; its own prefix reuse may recut chunks.
+
+        Raises: ConfigError for a model that llama.cpp does not run.
+        """
+        backend = self._backend()
+        if backend.info.backend != "llama":
+            raise ConfigError(f"{backend.info.path}: runs on {backend.info.backend}, only a GGUF file has a Llama")
+        return backend.raw()
 
     def close(self) -> None:
         """Free the model; may be called twice. Every other call raises BackendError afterwards."""

@@ -11,13 +11,14 @@ from melt_edge.errors import ConfigError
 from melt_edge.runtime.base import ModelInfo
 from melt_edge.runtime.gguf_check import GGUFInfo, config_from_gguf
 from melt_edge.runtime.machine import usable_cores
-from melt_edge.runtime.memory import KV_TYPES
+from melt_edge.runtime.memory import KV_TYPES, Estimate, estimate
 from melt_edge.runtime.text import shown
 
 logger = logging.getLogger(__name__)
 
 # A context as long as the file allows can need more memory than the weights: the default stops here.
 DEFAULT_MAX_CTX = 4096
+DEFAULT_KV_TYPE = "f16"
 # Prompt tokens per call of the library, in whole chunks; also ouro's chunk, llama.cpp's usual n_ubatch.
 DEFAULT_BATCH = 512
 
@@ -29,10 +30,12 @@ class LoadOptions:
     n_ctx: int | None = None
     chunk_size: int | None = None
     loops: int | None = None
-    kv_type: str = "f16"
+    kv_type: str | None = None
     n_threads: int | None = None
     n_gpu_layers: int | None = None
     flash_attn: bool | None = None
+    exit_threshold: float | None = None
+    provider: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Settings:
 
     trained: the file's configuration; config: the same with the loops asked for. chunk: never more than
     n_ctx; wanted_chunk: the same before that limit. n_batch: prompt tokens per call of the library, a
-    multiple of chunk. n_gpu_layers: None leaves it to the backend.
+    multiple of chunk. n_gpu_layers: None leaves it to the backend. exit_threshold: the argument, where given.
+    provider: onnxruntime's, for an ONNX folder.
     """
 
     trained: LoopConfig
@@ -54,18 +58,27 @@ class Settings:
     n_threads: int
     n_gpu_layers: int | None
     flash_attn: bool | None
+    exit_threshold: float | None = None
+    provider: str | None = None
 
 
 def resolve(file: GGUFInfo, options: LoadOptions) -> Settings:
     """The settings for a checked file. Raises: ConfigError naming an argument that cannot be."""
     trained = config_from_gguf(file)
-    config = _with_loops(trained, options.loops)
-    n_ctx = _checked_ctx(options.n_ctx, trained.max_position_embeddings)
-    wanted_chunk = _checked_chunk(options.chunk_size, trained, n_ctx)
+    config = with_loops(trained, options.loops)
+    n_ctx = checked_ctx(options.n_ctx, trained.max_position_embeddings)
+    wanted_chunk = checked_chunk(options.chunk_size, trained, n_ctx)
     chunk = min(wanted_chunk, n_ctx)
-    _check_kv(options.kv_type, config.head_dim, options.flash_attn)
+    kv_type = DEFAULT_KV_TYPE if options.kv_type is None else options.kv_type
+    _check_kv(kv_type, config.head_dim, options.flash_attn)
     if options.n_gpu_layers is not None:
-        _whole("n_gpu_layers", options.n_gpu_layers, -1, 2**31 - 1)
+        whole("n_gpu_layers", options.n_gpu_layers, -1, 2**31 - 1)
+    for name in ("exit_threshold", "provider"):
+        if getattr(options, name) is not None:
+            raise ConfigError(
+                f"{name} is {shown(getattr(options, name))}, but llama.cpp runs every loop and chooses its devices "
+                "itself; leave it out, or load an ONNX folder"
+            )
     return Settings(
         trained=trained,
         config=config,
@@ -73,10 +86,23 @@ def resolve(file: GGUFInfo, options: LoadOptions) -> Settings:
         chunk=chunk,
         wanted_chunk=wanted_chunk,
         n_batch=chunk * max(1, min(DEFAULT_BATCH, n_ctx) // chunk),
-        kv_type=options.kv_type,
-        n_threads=usable_cores() if options.n_threads is None else _whole("n_threads", options.n_threads, 1, 512),
+        kv_type=kv_type,
+        n_threads=checked_threads(options.n_threads),
         n_gpu_layers=options.n_gpu_layers,
         flash_attn=options.flash_attn,
+    )
+
+
+def estimate_file(file: GGUFInfo, settings: Settings) -> Estimate:
+    """The bytes a file will need when opened with these settings."""
+    return estimate(
+        file,
+        settings.config,
+        n_ctx=settings.n_ctx,
+        n_ubatch=settings.chunk,
+        n_batch=settings.n_batch,
+        kv_type=settings.kv_type,
+        flash_attn=settings.flash_attn is not False,
     )
 
 
@@ -115,10 +141,11 @@ def model_info(file: GGUFInfo, settings: Settings, *, backend: str) -> ModelInfo
     )
 
 
-def _with_loops(trained: LoopConfig, loops: int | None) -> LoopConfig:
+def with_loops(trained: LoopConfig, loops: int | None) -> LoopConfig:
+    """The configuration with the loops asked for. Raises: ConfigError if it cannot run so many."""
     if loops is None:
         return trained
-    config = trained.with_loops(_whole("loops", loops, 1, *_most_loops(trained)))
+    config = trained.with_loops(whole("loops", loops, 1, *_most_loops(trained)))
     if loops != trained.num_loops:
         logger.warning(
             "running with %d loops a model trained with %d: expect worse text, fewer loops first",
@@ -136,10 +163,11 @@ def _most_loops(trained: LoopConfig) -> tuple[int, str]:
     return slots, f"{MAX_SLOTS} layer slots in llama.cpp / {trained.num_hidden_layers} layers"
 
 
-def _checked_ctx(n_ctx: int | None, n_ctx_train: int) -> int:
+def checked_ctx(n_ctx: int | None, n_ctx_train: int) -> int:
+    """The tokens a conversation can hold; None and 0 as load has them. Raises: ConfigError."""
     if n_ctx is None:
         return min(n_ctx_train, DEFAULT_MAX_CTX)
-    n_ctx = _whole("n_ctx", n_ctx, 0, 2**31 - 1) or n_ctx_train
+    n_ctx = whole("n_ctx", n_ctx, 0, 2**31 - 1) or n_ctx_train
     if n_ctx > n_ctx_train:
         logger.warning(
             "n_ctx is %d, the model was trained for %d tokens: text may derail past those", n_ctx, n_ctx_train
@@ -147,9 +175,10 @@ def _checked_ctx(n_ctx: int | None, n_ctx_train: int) -> int:
     return n_ctx
 
 
-def _checked_chunk(chunk_size: int | None, trained: LoopConfig, n_ctx: int) -> int:
+def checked_chunk(chunk_size: int | None, trained: LoopConfig, n_ctx: int) -> int:
+    """The tokens computed together as asked for, before the limit n_ctx. Raises: ConfigError."""
     if chunk_size is not None:
-        return _whole("chunk_size", chunk_size, 1, n_ctx, "n_ctx")
+        return whole("chunk_size", chunk_size, 1, n_ctx, "n_ctx")
     return trained.chunk_size if trained.shares_kv else DEFAULT_BATCH
 
 
@@ -167,7 +196,13 @@ def _check_kv(kv_type: str, head_dim: int, flash_attn: bool | None) -> None:
         raise ConfigError(f"kv_type {kv_type!r} needs flash attention; leave flash_attn at None or use kv_type 'f16'")
 
 
-def _whole(name: str, value: object, low: int, high: int, high_name: str = "") -> int:
+def checked_threads(n_threads: int | None) -> int:
+    """The threads to compute with. Raises: ConfigError."""
+    return usable_cores() if n_threads is None else whole("n_threads", n_threads, 1, 512)
+
+
+def whole(name: str, value: object, low: int, high: int, high_name: str = "") -> int:
+    """The value, if it is a whole number from low to high. Raises: ConfigError naming the argument."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         limit = f"{high_name} = {high}" if high_name else str(high)
         raise ConfigError(f"{name} is {shown(value)}, expected a whole number from {low} to {limit}")

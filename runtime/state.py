@@ -1,10 +1,11 @@
-"""The file a conversation is saved in: a checked container around llama.cpp's sequence state.
+"""The file a conversation is saved in: a checked container around a backend's cache rows.
 
     magic 8 | version u32 | header bytes u32 | header JSON | tokens i32[n] | payload | sha256 32
 
-Little-endian; the digest covers everything before it. llama.cpp itself reads short files in silence,
-accepts states of other weights, and destroys the live conversation before it fails, so nothing reaches
-it that has not been compared with the loaded model first.
+Little-endian; the digest covers everything before it. The payload is llama.cpp's sequence state, or the
+onnx backend's rows (ort_state). llama.cpp itself reads short files in silence, accepts states of other
+weights, and destroys the live conversation before it fails, so nothing reaches it that has not been
+compared with the loaded model first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -57,9 +58,19 @@ class StateHeader:
     payload_bytes: int
 
 
+class PayloadLayout(Protocol):
+    """What a backend knows of its cache: the size and the contents a payload must have."""
+
+    def payload_bytes(self, n_tokens: int) -> int:
+        """The exact size of a payload of n_tokens tokens."""
+
+    def check(self, payload: ByteArray, n_tokens: int, *, source: str) -> None:
+        """Raises: FormatError unless the payload is one of this cache, with finite rows."""
+
+
 @dataclass(frozen=True)
 class CacheLayout:
-    """Shape of the loaded model's cache, to check a payload against.
+    """Shape of the loaded model's cache in llama.cpp, to check a payload against.
 
     v_transposed: llama.cpp keeps V transposed where flash attention is off.
     """
@@ -74,6 +85,14 @@ class CacheLayout:
         """Bytes of one K or V row of one token in one slot."""
         _, block, block_bytes = KV_TYPES[self.kv_type]
         return self.row_values // block * block_bytes
+
+    def payload_bytes(self, n_tokens: int) -> int:
+        """The exact size of llama.cpp's sequence state for n_tokens cells."""
+        return payload_bytes(self, n_tokens)
+
+    def check(self, payload: ByteArray, n_tokens: int, *, source: str) -> None:
+        """As check_payload."""
+        check_payload(payload, n_tokens, self, source=source)
 
 
 def model_digest(info: GGUFInfo) -> str:
@@ -127,7 +146,7 @@ def write_state(path: Path, header: StateHeader, tokens: Sequence[int], payload:
         ) from err
 
 
-def read_state(path: Path, expected: StateHeader, layout: CacheLayout) -> tuple[list[int], ByteArray]:
+def read_state(path: Path, expected: StateHeader, layout: PayloadLayout) -> tuple[list[int], ByteArray]:
     """Tokens and payload of a state file, every byte of it checked against the loaded model.
 
     expected: the loaded model's header; its n_tokens and payload_bytes are not compared.
@@ -138,11 +157,11 @@ def read_state(path: Path, expected: StateHeader, layout: CacheLayout) -> tuple[
         with path.open("rb") as file:
             header, tokens_at = _read_header(file, path)
             _check_same(path, header, expected)
-            if header.payload_bytes != payload_bytes(layout, header.n_tokens):
+            expected_rows = layout.payload_bytes(header.n_tokens)
+            if header.payload_bytes != expected_rows:
                 raise FormatError(
-                    f"{path}: has {header.payload_bytes} bytes of cache rows, expected "
-                    f"{payload_bytes(layout, header.n_tokens)} for this model; save the state again with the same "
-                    "flash_attn setting"
+                    f"{path}: has {header.payload_bytes} bytes of cache rows, expected {expected_rows} for this "
+                    "model; save the state again with the same settings (flash_attn, for a GGUF file)"
                 )
             expected_bytes = tokens_at + 4 * header.n_tokens + header.payload_bytes + _DIGEST_BYTES
             found_bytes = os.fstat(file.fileno()).st_size
@@ -161,7 +180,7 @@ def read_state(path: Path, expected: StateHeader, layout: CacheLayout) -> tuple[
                 raise FormatError(f"{path}: became shorter while it was read; save the state again")
     except OSError as err:
         raise FormatError(f"{path}: cannot be read ({err.strerror or err})") from err
-    check_payload(payload, header.n_tokens, layout, source=str(path))
+    layout.check(payload, header.n_tokens, source=str(path))
     return tokens, payload
 
 

@@ -23,6 +23,7 @@ settings.load_profile("fixed")
 
 MakeCheckpoint = Callable[..., Path]
 MakeGGUF = Callable[..., Path]
+MakeOnnx = Callable[..., Path]
 
 
 def _key(*parts: Any) -> str:
@@ -58,6 +59,22 @@ def make_gguf(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeChe
 
 
 @pytest.fixture(scope="session")
+def make_onnx(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeCheckpoint) -> MakeOnnx:
+    """make_onnx(config, seed=0, **export_options) -> folder, built once; do not write into it."""
+    root = tmp_path_factory.mktemp("onnx")
+
+    def make(config: LoopConfig, seed: int = 0, **options: Any) -> Path:
+        from melt_edge.export.onnx import export_onnx
+
+        path = root / f"{config.model_type}-{_key(config, seed, sorted(options.items()))}"
+        if not path.exists():
+            export_onnx(make_checkpoint(config, seed), path, **{"n_ctx": 128, "verify": False, **options})
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def melt_checkpoint(make_checkpoint: MakeCheckpoint) -> Path:
     """A gated MELT: 4 loops, 2 layers, GQA 2:1, chunk size 8, 301 tokens."""
     return make_checkpoint(tiny_config("melt"))
@@ -79,3 +96,15 @@ def melt_gguf(make_gguf: MakeGGUF) -> Path:
 def ouro_gguf(make_gguf: MakeGGUF) -> Path:
     """The Ouro as a float32 GGUF file."""
     return make_gguf(tiny_config("ouro"))
+
+
+@pytest.fixture(scope="session")
+def melt_onnx(make_onnx: MakeOnnx) -> Path:
+    """The gated MELT as a float32 ONNX folder with room for 128 tokens."""
+    return make_onnx(tiny_config("melt"))
+
+
+@pytest.fixture(scope="session")
+def ouro_onnx(make_onnx: MakeOnnx) -> Path:
+    """The Ouro as a float32 ONNX folder with room for 128 tokens."""
+    return make_onnx(tiny_config("ouro"))

@@ -225,7 +225,8 @@ def test_a_run_that_its_model_cannot_do_is_skipped(make_gguf: MakeGGUF) -> None:
 def test_an_error_of_the_child_is_the_reason_of_what_was_left(make_gguf: MakeGGUF, tmp_path: Path) -> None:
     """The file is gone when the child opens it."""
     (run,) = runs_of(make_gguf(tiny_config("melt")), make_tests([8], [2], [0]))
-    gone = replace(run.contender, file=replace(run.contender.file, path=tmp_path / "gone.gguf"))
+    header = run.contender.header
+    gone = replace(run.contender, header=replace(header, source=replace(header.source, path=tmp_path / "gone.gguf")))
     found = done([replace(run, contender=gone)])
     assert [row.status for row in found] == ["failed", "failed"]
     assert "gone.gguf" in (found[0].reason or "")

@@ -205,3 +205,22 @@ def test_the_committed_lines_are_those_of_the_committed_rows(imported: Any) -> N
         rows = [BenchRow.from_dict(row) for row in found["rows"]]
         assert [vars(line) for line in script.lines_of(section, rows, configs)] == found["lines"]
         assert found["commit"]
+
+
+def test_onnx_speed_writes_numbers(tmp_path: Path) -> None:
+    """The script runs: both backends, and both sizes of the state."""
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(SCRIPT.parent / "onnx_speed.py"), "--tiny", "--json", str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=tmp_path)
+    result = json.loads(out.read_text())
+    assert set(result["ratio"]) == {"decode", "prefill"}
+    assert set(result["tokens_per_second"]["decode"]) == {"onnxruntime", "llama.cpp"}
+    assert set(result["room_decode_ms"]) == {"512", "16384"}
+    assert result["packages"]["onnxruntime"]
+
+
+def test_onnx_speed_tells_ratios_on_the_wrong_side(imported: Any) -> None:
+    script: ModuleType = imported("onnx_speed")
+    assert script.problems({"ratio": {"decode": 0.6, "prefill": 0.5}, "room_ratio": 1.1}) == []
+    found = script.problems({"ratio": {"decode": 0.5, "prefill": 0.4}, "room_ratio": 1.2})
+    assert [problem.split()[0] for problem in found] == ["decode", "prefill", "room"]

@@ -30,10 +30,11 @@ from melt_edge.compare.paper import paper_table
 from melt_edge.compare.plot import check_plot, write_plot
 from melt_edge.compare.points import Contender, Point, Row, computed, contenders, grid
 from melt_edge.compare.process_memory import peak_rss_bytes, process_memory
-from melt_edge.compare.random_model import default_cache_dir, random_model, write_random_gguf
+from melt_edge.compare.random_model import random_model, write_random_gguf
 from melt_edge.compare.shapes import SHAPES, shape_config
 from melt_edge.compare.table import csv_text, paper_lines, ratio_lines, tables
 from melt_edge.errors import BackendUnavailableError, ConfigError
+from melt_edge.files import default_cache_dir
 from melt_edge.runtime.gguf_check import check_gguf, config_from_gguf
 from melt_edge.spec import tensor_specs
 
@@ -51,7 +52,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Contender]:
 
 
 def points_of(models: list[Contender], **changes: Any) -> list[Point]:
-    options: dict[str, Any] = {"loops": [1, 2, 4], "n_ctx": [N_CTX], "kv_types": ["f16"], "backends": ["llama"]}
+    options: dict[str, Any] = {"loops": [1, 2, 4], "n_ctx": [N_CTX], "kv_types": ["f16"], "backends": None}
     return grid(models, **{**options, "n_decode": 4, "n_threads": 1, **changes})
 
 
@@ -194,7 +195,9 @@ def test_a_child_that_dies_is_a_row(
 
 def test_a_typed_error_of_the_child_is_the_reason(models: list[Contender], tmp_path: Path) -> None:
     """The file is gone when the child opens it."""
-    gone = replace(models[0], file=replace(models[0].file, path=tmp_path / "gone.gguf"))
+    header = models[0].header
+    source = replace(header.source, path=tmp_path / "gone.gguf")
+    gone = replace(models[0], header=replace(header, source=source))
     (point,) = points_of([gone])
     row = measure_point(point, limit_s=60)
     assert row.status == "failed"
@@ -455,7 +458,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
         (["--shape", "tiny", "--kv-type", "f17"], 2, "--kv-type is 'f17'"),
         (["--shape", "big"], 1, "expected one of ouro-1.4b, ouro-2.6b, tiny"),
         (["--shape", "tiny", "--type", "q2"], 1, "expected one of q4_0, q8_0, f16"),
-        (["--shape", "tiny", "--backend", "llama,onnx"], 1, "backend is 'onnx', expected llama"),
+        (["--shape", "tiny", "--backend", "llama,tpu"], 1, "backend is 'tpu', expected llama or onnx"),
         (["--shape", "tiny", "--plot", "x.pdf"], 1, ".png or .svg"),
         (["none.gguf"], 1, "no such file"),
     ],

@@ -1,4 +1,4 @@
-"""What a token costs, counted from a file's tensors: bytes read to decode it, products to prefill it. No measuring."""
+"""What a token costs, counted from a model's tensors: bytes read to decode it, products to prefill it. No measuring."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from melt_edge.config import LoopConfig
 from melt_edge.runtime.gguf_file import GGUFInfo
 from melt_edge.runtime.memory import KV_TYPES
+from melt_edge.runtime.onnx_folder import OnnxFolder
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,28 @@ class ReadBytes:
         return self.layers + self.gates + self.head + self.cache
 
 
-def read_bytes(file: GGUFInfo, config: LoopConfig, *, kv_type: str, n_past: float) -> ReadBytes:
+def read_bytes(source: GGUFInfo | OnnxFolder, config: LoopConfig, *, kv_type: str, n_past: float) -> ReadBytes:
     """The bytes of one token after n_past others. config: with the loops that run.
 
     A row of the embedding and the states between operations, which stay in the processor's caches, are left out.
     """
+    if isinstance(source, OnnxFolder):
+        layers, gates, head = _folder_bytes(source, config)
+    else:
+        layers, gates, head = _file_bytes(source, config)
+    _, block, block_bytes = KV_TYPES[kv_type]
+    row = config.num_key_value_heads * config.head_dim * block_bytes / block
+    return ReadBytes(
+        layers=layers,
+        gates=gates,
+        head=head,
+        # MELT reads its one row per layer in every loop, Ouro a row of each loop: the same bytes
+        cache=round(n_past * config.num_loops * config.num_hidden_layers * 2 * row),
+    )
+
+
+def _file_bytes(file: GGUFInfo, config: LoopConfig) -> tuple[int, int, int]:
+    """Layers, gates, head of all loops; llama.cpp leaves out the gate's products that the first loop does not need."""
     sizes = {tensor.name: tensor.nbytes for tensor in file.tensors}
     layers = gates = gates_later = 0
     for name, n_bytes in sizes.items():
@@ -45,16 +63,21 @@ def read_bytes(file: GGUFInfo, config: LoopConfig, *, kv_type: str, n_past: floa
             layers += n_bytes
     loops = config.num_loops
     x_loops = loops - 1 if config.kv_gate_init == "input" else loops
-    norm = sizes["output_norm.weight"]
-    _, block, block_bytes = KV_TYPES[kv_type]
-    row = config.num_key_value_heads * config.head_dim * block_bytes / block
-    return ReadBytes(
-        layers=loops * (layers + norm),
-        gates=x_loops * gates + (loops - 1) * gates_later,
-        head=sizes.get("output.weight", sizes["token_embd.weight"]),
-        # MELT reads its one row per layer in every loop, Ouro a row of each loop: the same bytes
-        cache=round(n_past * loops * config.num_hidden_layers * 2 * row),
+    return (
+        loops * (layers + sizes["output_norm.weight"]),
+        x_loops * gates + (loops - 1) * gates_later,
+        sizes.get("output.weight", sizes["token_embd.weight"]),
     )
+
+
+def _folder_bytes(folder: OnnxFolder, config: LoopConfig) -> tuple[int, int, int]:
+    """Layers, gates, head of all loops; the loop's graph computes everything in every loop."""
+    sizes = {
+        graph: {weight.name: weight.length for weight in folder.graphs[graph].weights} for graph in ("loop", "head")
+    }
+    loop = {name: size for name, size in sizes["loop"].items() if not name.startswith("rotary.")}
+    gates = sum(size for name, size in loop.items() if "kv_gate" in name)
+    return config.num_loops * (sum(loop.values()) - gates), config.num_loops * gates, head
 
 
 def prefill_products(config: LoopConfig, n_tokens: int) -> int:

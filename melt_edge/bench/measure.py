@@ -14,8 +14,7 @@ from melt_edge.compare.children import replies
 from melt_edge.compare.points import Contender
 from melt_edge.errors import ConfigError
 from melt_edge.runtime.machine import available_bytes
-from melt_edge.runtime.memory import estimate
-from melt_edge.runtime.options import LoadOptions, resolve
+from melt_edge.runtime.options import LoadOptions
 
 
 def make_runs(
@@ -24,28 +23,34 @@ def make_runs(
     *,
     loops: Sequence[int] | None,
     kv_types: Sequence[str],
-    backends: Sequence[str],
+    backends: Sequence[str] | None,
     threads: Sequence[int | None],
     chunks: Sequence[int | None],
     flash_attn: bool | None = None,
 ) -> list[Run]:
-    """Every combination. loops: None takes each file's own number. The context is as long as the deepest test."""
+    """Every combination. The context is as long as the deepest test.
+
+    loops: None takes each model's own number. backends: only models that these open; None takes all. An ONNX folder
+    is run with its own cache type alone.
+    """
     runs = []
-    for backend in backends:
-        for model in models:
-            for count in loops or [model.config.num_loops]:
-                for kv_type in kv_types:
-                    for n_threads in threads:
-                        for chunk in chunks:
-                            options = LoadOptions(
-                                n_ctx=_context(tests),
-                                chunk_size=chunk,
-                                loops=count,
-                                kv_type=kv_type,
-                                n_threads=n_threads,
-                                flash_attn=flash_attn,
-                            )
-                            runs.append(Run(model, backend, options, tuple(tests)))
+    for model in models:
+        backend, own_type = model.header.backend, model.header.kv_type
+        if backends is not None and backend not in backends:
+            continue
+        for count in loops or [model.config.num_loops]:
+            for kv_type in [own_type] if own_type else kv_types:
+                for n_threads in threads:
+                    for chunk in chunks:
+                        options = LoadOptions(
+                            n_ctx=_context(tests),
+                            chunk_size=chunk,
+                            loops=count,
+                            kv_type=kv_type,
+                            n_threads=n_threads,
+                            flash_attn=None if own_type else flash_attn,
+                        )
+                        runs.append(Run(model, backend, options, tuple(tests)))
     return runs
 
 
@@ -82,20 +87,10 @@ def _fitting(run: Run) -> tuple[tuple[BenchTest, ...], list[tuple[BenchTest, str
 
 def _obstacle(run: Run, test: BenchTest) -> str | None:
     """Why a test cannot be done, as far as can be told before; None if nothing is known."""
-    file = run.contender.file
     try:
-        settings = resolve(file, replace(run.options, n_ctx=_context([test])))
+        needed = run.contender.header.needed(replace(run.options, n_ctx=_context([test]))).total_bytes
     except ConfigError as err:
         return str(err)
-    needed = estimate(
-        file,
-        settings.config,
-        n_ctx=settings.n_ctx,
-        n_ubatch=settings.chunk,
-        n_batch=settings.n_batch,
-        kv_type=settings.kv_type,
-        flash_attn=settings.flash_attn is not False,
-    ).total_bytes
     free = available_bytes()
     if free is None or needed <= free:
         return None
@@ -104,7 +99,7 @@ def _obstacle(run: Run, test: BenchTest) -> str | None:
 
 def _measured(run: Run, *, repetitions: int, parts: bool, limit_s: float) -> Iterator[BenchRow]:
     child = command(
-        path=run.contender.file.path,
+        path=run.contender.header.path,
         options=run.options,
         tests=run.tests,
         backend=run.backend,
@@ -146,7 +141,10 @@ def _read(run: Run, test: BenchTest) -> dict[str, int]:
     """The bytes read per generated token, after as many others as on average during the test."""
     config = run.contender.config.with_loops(run.options.loops or run.contender.config.num_loops)
     n_past = test.n_depth + (test.n_gen + 1) / 2
-    parts = read_bytes(run.contender.file, config, kv_type=run.options.kv_type, n_past=n_past)
+    header = run.contender.header
+    kv_type = run.options.kv_type or header.kv_type
+    assert kv_type is not None
+    parts = read_bytes(header.source, config, kv_type=kv_type, n_past=n_past)
     return {
         "layers_read_bytes": parts.layers,
         "gates_read_bytes": parts.gates,

@@ -12,6 +12,7 @@ from melt_edge.cli.console import err, note, out, print_json, safe
 from melt_edge.cli.lists import about, check_names, names, numbers
 from melt_edge.cli.models import contenders_of
 from melt_edge.cli.options import Debug, Json, option
+from melt_edge.errors import ConfigError
 
 if TYPE_CHECKING:
     from melt_edge.bench.rows import BenchRow, Run
@@ -75,7 +76,10 @@ def bench(
             help="Cache types, of keys and values alike: f32, f16, q8_0, q4_0. (default: f16)",
         ),
     ] = None,
-    backend: Annotated[str, option("--backend", metavar="B,B", panel=_SETTINGS, show=True, help="Backends.")] = "llama",
+    backend: Annotated[
+        str | None,
+        option("--backend", metavar="B,B", panel=_SETTINGS, help="Only models of these: llama, onnx. (default: all)"),
+    ] = None,
     threads: Annotated[
         str | None,
         option("--threads", "-t", metavar="N,N", panel=_SETTINGS, help="Threads. (default: one per physical core)"),
@@ -129,8 +133,8 @@ def bench(
         raise typer.BadParameter("nothing to measure: give model files, or --shape ouro-1.4b for random weights")
     output = "json" if as_json else _one_of("--output", output, _FORMATS)
     types = _one_type(kv_type)
-    backends = names(backend)
-    check_names(types, backends)
+    backends = None if backend is None else names(backend)
+    check_names(types, backends or [])
     flash = _FLASH[_one_of("--flash-attn", flash_attn, tuple(_FLASH))]
 
     from melt_edge.bench.measure import make_runs
@@ -159,6 +163,8 @@ def bench(
             chunks=numbers("--chunk-size", chunk_size, 2**20) if chunk_size is not None else [None],
             flash_attn=flash,
         )
+        if not runs:
+            raise ConfigError(f"--backend is {backend}, but no model here runs on it; leave it out")
         try:
             _measure(runs, rows, repetitions=repetitions, parts=not no_parts, limit_s=time_limit)
         except KeyboardInterrupt:

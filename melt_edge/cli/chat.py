@@ -12,6 +12,7 @@ from melt_edge.cli.generation import print_stream
 from melt_edge.cli.options import (
     ChunkSize,
     Debug,
+    ExitThreshold,
     GpuLayers,
     KvType,
     Loops,
@@ -19,6 +20,7 @@ from melt_edge.cli.options import (
     MinP,
     ModelPath,
     NCtx,
+    Provider,
     RepeatPenalty,
     Seed,
     Stop,
@@ -86,9 +88,11 @@ def chat(
     n_ctx: NCtx = None,
     loops: Loops = None,
     chunk_size: ChunkSize = None,
-    kv_type: KvType = "f16",
+    kv_type: KvType = None,
     threads: Threads = None,
     n_gpu_layers: GpuLayers = None,
+    exit_threshold: ExitThreshold = None,
+    provider: Provider = None,
     debug: Debug = False,
 ) -> None:
     """Talk with a model, several turns.
@@ -121,6 +125,8 @@ def chat(
         kv_type=kv_type,
         n_threads=threads,
         n_gpu_layers=n_gpu_layers,
+        exit_threshold=exit_threshold,
+        provider=provider,
     ) as loaded:
         if sys.stdin.isatty():
             _show_info(loaded)

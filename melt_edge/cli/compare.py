@@ -13,6 +13,7 @@ from melt_edge.cli.console import err, human_bytes, note, out, print_json, safe
 from melt_edge.cli.lists import about, check_names, names, numbers
 from melt_edge.cli.models import contenders_of
 from melt_edge.cli.options import Debug, Force, Json, Threads, check_new_file, option
+from melt_edge.errors import ConfigError
 
 if TYPE_CHECKING:
     from melt_edge.compare.points import Point, Row
@@ -24,7 +25,9 @@ _MODELS, _GRID, _OUTPUT = "What is compared", "Points", "Output"
 def compare(
     models: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="MODEL", show_default=False, help="GGUF files of an Ouro or MELT, or ouro-tiny."),
+        typer.Argument(
+            metavar="MODEL", show_default=False, help="GGUF files or ONNX folders of an Ouro or MELT, or ouro-tiny."
+        ),
     ] = None,
     shape: Annotated[
         str | None,
@@ -53,7 +56,10 @@ def compare(
     kv_type: Annotated[
         str, option("--kv-type", metavar="T,T", panel=_GRID, show=True, help="Cache types: f32, f16, q8_0, q4_0.")
     ] = "f16",
-    backend: Annotated[str, option("--backend", metavar="B,B", panel=_GRID, show=True, help="Backends.")] = "llama",
+    backend: Annotated[
+        str | None,
+        option("--backend", metavar="B,B", panel=_GRID, help="Only models of these: llama, onnx. (default: all)"),
+    ] = None,
     threads: Threads = None,
     n_decode: Annotated[
         int,
@@ -107,8 +113,9 @@ def compare(
     counts = _DEFAULT_LOOPS if shape is not None else None
     if loops is not None:
         counts = numbers("--loops", loops, 64)
-    lengths, kv_types, backends = numbers("--ctx", ctx, 2**20), names(kv_type), names(backend)
-    check_names(kv_types, backends)
+    lengths, kv_types = numbers("--ctx", ctx, 2**20), names(kv_type)
+    backends = None if backend is None else names(backend)
+    check_names(kv_types, backends or [])
     _check_outputs(csv_file, plot_file, force=force)
 
     from melt_edge.compare.points import grid
@@ -125,6 +132,8 @@ def compare(
             n_threads=threads or usable_cores(),
             n_prefill=n_prefill,
         )
+        if not points:
+            raise ConfigError(f"--backend is {backend}, but no model here runs on it; leave it out")
         rows: list[Row] = []
         try:
             _measure(points, rows, time_limit)

@@ -1,9 +1,11 @@
-"""`melt-edge export gguf` and `melt-edge quantize`: from a checkpoint to a file, from a file to a smaller one."""
+"""`melt-edge export` and `melt-edge quantize`: from a checkpoint to what runs, from a file to a smaller one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -13,12 +15,48 @@ from melt_edge.cli.describe import describe_gguf
 from melt_edge.cli.options import Debug, Force, model_file
 from melt_edge.errors import ConfigError, FormatError
 
-export_app = typer.Typer(help="Write a checkpoint as a file that runs: gguf.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from melt_edge.export.gguf import ExportReport
+    from melt_edge.export.onnx import OnnxReport
+
+export_app = typer.Typer(help="Write a checkpoint as what runs: gguf, onnx.", no_args_is_help=True)
 
 
 @export_app.callback()
 def _export() -> None:
     pass
+
+
+CheckpointFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        show_default=False,
+        help="Folder with config.json, *.safetensors and tokenizer.json, as Hugging Face lays it out.",
+    ),
+]
+ShareKV = Annotated[
+    bool,
+    typer.Option("--share-kv", help="Write an Ouro with one cache row for all loops: 1/T of the cache, some loss."),
+]
+TrainedChunk = Annotated[
+    int | None,
+    typer.Option(
+        "--chunk-size",
+        metavar="N",
+        min=1,
+        show_default=False,
+        help="Prompt tokens per chunk, for a MELT or --share-kv. (default: the checkpoint's, else 500)",
+    ),
+]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        show_default=False,
+        help="Compare the file with the PyTorch reference. (default: below 100 M parameters)",
+    ),
+]
 
 
 def _checked_type(name: str) -> str:
@@ -33,14 +71,7 @@ def _checked_type(name: str) -> str:
 
 @export_app.command("gguf")
 def export_gguf(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            show_default=False,
-            help="Folder with config.json, *.safetensors and tokenizer.json, as Hugging Face lays it out.",
-        ),
-    ],
+    checkpoint: CheckpointFolder,
     output: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The GGUF file to write.")],
     file_type: Annotated[
         str,
@@ -52,32 +83,13 @@ def export_gguf(
             help="f32, f16, bf16, q8_0, q4_0, or a K-quant: q4_k_m, q5_k_m, q6_k ...",
         ),
     ] = "f16",
-    share_kv: Annotated[
-        bool,
-        typer.Option("--share-kv", help="Write an Ouro with one cache row for all loops: 1/T of the cache, some loss."),
-    ] = False,
-    chunk_size: Annotated[
-        int | None,
-        typer.Option(
-            "--chunk-size",
-            metavar="N",
-            min=1,
-            show_default=False,
-            help="Prompt tokens per chunk, for a MELT or --share-kv. (default: the checkpoint's, else 500)",
-        ),
-    ] = None,
+    share_kv: ShareKV = False,
+    chunk_size: TrainedChunk = None,
     exit_gate: Annotated[
         bool,
         typer.Option("--exit-gate/--no-exit-gate", help="Keep the exit gate; without it other llama.cpp builds agree."),
     ] = True,
-    verify: Annotated[
-        bool | None,
-        typer.Option(
-            "--verify/--no-verify",
-            show_default=False,
-            help="Compare the file with the PyTorch reference. (default: below 100 M parameters)",
-        ),
-    ] = None,
+    verify: Verify = None,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -96,9 +108,7 @@ def export_gguf(
     """
     from melt_edge.export.gguf import export_gguf as write_gguf
 
-    if not checkpoint.is_dir():
-        hint = "is a file" if checkpoint.exists() else "no such folder"
-        raise FormatError(f"{checkpoint}: {hint}; expected a checkpoint folder with config.json and *.safetensors")
+    _check_folder(checkpoint)
     watch = Stopwatch()
     with progress_bar() as progress:
         report = write_gguf(
@@ -113,11 +123,112 @@ def export_gguf(
             progress=progress,
         )
     _written(Path(report.path), watch)
-    verified = {True: "yes, against the PyTorch reference", False: "no", None: "no"}[report.verified]
-    row("verified", verified)
-    for text in report.notes:
-        note(text)
+    _checked(report)
     out().print(f"Next: melt-edge chat {escape(safe(str(report.path)))}", soft_wrap=True)
+
+
+@export_app.command("onnx")
+def export_onnx(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            show_default=False,
+            help="A checkpoint folder as Hugging Face lays it out; or a float GGUF file, or ouro-tiny.",
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT_DIR", show_default=False, help="The folder to write.")],
+    precision: Annotated[
+        str, typer.Option("--precision", "-p", metavar="TYPE", help="fp32, fp16, int8 or int4.")
+    ] = "fp32",
+    n_ctx: Annotated[
+        int | None,
+        typer.Option(
+            "--n-ctx",
+            "-c",
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="Tokens the K/V state has room for. (default: the model's context, up to 4096)",
+        ),
+    ] = None,
+    share_kv: ShareKV = False,
+    chunk_size: TrainedChunk = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            "--block-size",
+            metavar="N",
+            show_default=False,
+            help="Values that share a scale in int8 and int4: 16, 32, 64, 128 or 256. (default: 32)",
+        ),
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            show_default=False,
+            help="Whether blocks of int8 and int4 have no zero point of their own. (default: symmetric)",
+        ),
+    ] = None,
+    accuracy_level: Annotated[
+        int | None,
+        typer.Option(
+            "--accuracy-level",
+            metavar="N",
+            show_default=False,
+            help="How int8 and int4 products compute: 0 or 1 in float32, 4 with activations in int8. (default: 4)",
+        ),
+    ] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Also write graphs with no symbolic dimension, for NPU compilers.")
+    ] = False,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Use the operators of the ONNX standard alone (opset 24); slower.")
+    ] = False,
+    verify: Verify = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Convert an Ouro or MELT checkpoint to ONNX graphs for one loop step.
+
+    The folder holds the graphs of the embedding, of one pass over the layers
+    and of the head, their weights in one file, the tokenizer, and
+    melt_edge.json, which describes them. A runtime runs the loop's graph as
+    often as it wants, with the K/V state bound in place.
+
+    Examples:
+
+      melt-edge export onnx Ouro-1.4B-Thinking ouro-onnx --precision int4
+      melt-edge export onnx my-melt melt-onnx --precision fp16 --n-ctx 8192
+      melt-edge export onnx ouro-tiny tiny-onnx --share-kv --n-ctx 512
+    """
+    from melt_edge.export.onnx import export_onnx as write_onnx
+
+    watch = Stopwatch()
+    with _folder(checkpoint) as folder, progress_bar() as progress:
+        report = write_onnx(
+            folder,
+            output,
+            precision=precision.lower(),
+            n_ctx=n_ctx,
+            share_kv=share_kv,
+            chunk_size=chunk_size,
+            block_size=block_size,
+            symmetric=symmetric,
+            accuracy_level=accuracy_level,
+            static=static,
+            portable=portable,
+            verify=verify,
+            force=force,
+            progress=progress,
+        )
+    out().print(
+        f"[bold green]wrote[/] [bold]{escape(safe(str(report.path)))}[/] in {watch.seconds:.1f} s", soft_wrap=True
+    )
+    row("size", human_bytes(report.bytes))
+    row("K/V state", f"{human_bytes(report.state_bytes)} for {report.n_ctx} tokens")
+    _checked(report)
 
 
 def quantize(
@@ -158,6 +269,33 @@ def quantize(
             progress=progress,
         )
     _written(Path(written), watch)
+
+
+@contextmanager
+def _folder(checkpoint: Path) -> Iterator[Path]:
+    """A checkpoint folder, or what a float GGUF file or a shipped model unpacks to."""
+    if checkpoint.is_dir():
+        yield checkpoint
+        return
+    if not checkpoint.exists() and (len(checkpoint.parts) > 1 or checkpoint.suffix):
+        raise FormatError(f"{checkpoint}: no such file or folder; expected a checkpoint folder or a float .gguf file")
+    from melt_edge.export.from_gguf import unpacked_gguf
+
+    with unpacked_gguf(model_file(checkpoint)) as folder:
+        yield folder
+
+
+def _check_folder(checkpoint: Path) -> None:
+    if not checkpoint.is_dir():
+        hint = "is a file" if checkpoint.exists() else "no such folder"
+        raise FormatError(f"{checkpoint}: {hint}; expected a checkpoint folder with config.json and *.safetensors")
+
+
+def _checked(report: ExportReport | OnnxReport) -> None:
+    """Print whether what was written was compared with the reference, and the notes."""
+    row("verified", "yes, against the PyTorch reference" if report.verified else "no")
+    for text in report.notes:
+        note(text)
 
 
 def _written(path: Path, watch: Stopwatch) -> None:

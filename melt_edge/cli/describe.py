@@ -37,15 +37,19 @@ _FILE_TYPES = {
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Everything the headers of a GGUF file or a checkpoint folder tell.
+    """Everything the headers of a GGUF file, an ONNX or a checkpoint folder tell.
 
     "check" says whether melt-edge would run it, and if not why.
     Raises: FormatError, ConfigError or SpecError if its headers cannot be read at all.
     """
+    from melt_edge.runtime.onnx_folder import is_onnx_folder
+
+    if is_onnx_folder(path):
+        return describe_onnx(path)
     if path.is_dir():
         return describe_checkpoint(path)
     if not path.exists():
-        raise FormatError(f"{path}: no such file; expected a .gguf file or a checkpoint folder")
+        raise FormatError(f"{path}: no such file; expected a .gguf file, an ONNX or a checkpoint folder")
     return describe_gguf(path)
 
 
@@ -75,13 +79,7 @@ def describe_gguf(path: Path) -> dict[str, Any]:
     if config is not None:
         found["model"] = _model(config, has_exit_gate=any(t["name"] == "exit_gate.weight" for t in tensors))
         found["kv_cache"] = kv_cache(config)
-    found["tokenizer"] = {
-        "model": _text(info.metadata.get("tokenizer.ggml.model")),
-        "pre": _text(info.metadata.get("tokenizer.ggml.pre")),
-        "tokens": _length(info.metadata.get("tokenizer.ggml.tokens")),
-        "bos_token_id": info.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": info.metadata.get("tokenizer.ggml.eos_token_id"),
-    }
+    found["tokenizer"] = _tokenizer(info.metadata)
     found["chat_template"] = "tokenizer.chat_template" in info.metadata
     found["provenance"] = provenance(info.metadata)
     found["metadata"] = {
@@ -91,6 +89,42 @@ def describe_gguf(path: Path) -> dict[str, Any]:
     }
     found["tensors"] = tensors
     return found
+
+
+def describe_onnx(path: Path) -> dict[str, Any]:
+    """The manifest and the graphs of an ONNX folder, all checked; the weights' contents are not looked at."""
+    from melt_edge.runtime.onnx_folder import open_folder
+
+    folder = open_folder(path)
+    config, vocabulary = folder.config, folder.vocabulary.metadata
+    stored = {weight.name: weight for graph in folder.graphs.values() for weight in graph.weights}
+    tensors = [
+        {"name": name, "shape": list(weight.shape), "type": weight.dtype, "bytes": weight.length}
+        for name, weight in stored.items()
+    ]
+    about: dict[str, Any] = {}
+    for key in ("source", "versions"):
+        part = folder.manifest.get(key)
+        about |= part if isinstance(part, dict) else {}
+    return {
+        "path": str(path),
+        "kind": "onnx",
+        "architecture": config.model_type,
+        "name": folder.name,
+        "check": {"ok": True, "error": None},
+        "parameters": folder.n_params,
+        "file_bytes": folder.file_bytes,
+        **_weights(tensors),
+        "bits_per_weight": round(8 * sum(weight.length for weight in stored.values()) / folder.n_params, 3),
+        "quantisation": folder.precision,
+        "model": {**_model(config, has_exit_gate=True), "tied_head": folder.is_tied},
+        "kv_cache": kv_cache(config, kv_type=folder.kv_type, n_ctx=folder.n_ctx),
+        "tokenizer": _tokenizer(vocabulary),
+        "chat_template": "tokenizer.chat_template" in vocabulary,
+        "provenance": {key: str(value) for key, value in about.items() if key != "name"},
+        "metadata": {key: value for key, value in folder.manifest.items() if key not in ("graphs", "files")},
+        "tensors": tensors,
+    }
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
@@ -129,20 +163,23 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         }
 
 
-def kv_cache(config: LoopConfig) -> dict[str, Any]:
+def kv_cache(config: LoopConfig, *, kv_type: str = "f16", n_ctx: int | None = None) -> dict[str, Any]:
     """Cache bytes per token and at the full context, beside those of a cache with a row per loop.
 
-    Units: bytes, for f16 values unless the key names another type.
+    n_ctx: default the model's. Units: bytes, for values of kv_type unless the key names another type.
     """
-    per_loop = 2.0 * config.kv_bytes_per_token(1) * (config.num_loops if config.shares_kv else 1)
-    shared = 2.0 * config.kv_bytes_per_token(1) / (1 if config.shares_kv else config.num_loops)
+    size, n_ctx = KV_TYPE_BYTES[kv_type], n_ctx or config.max_position_embeddings
+    own = config.kv_bytes_per_token(size)
+    per_loop = own * (config.num_loops if config.shares_kv else 1)
+    shared = own / (1 if config.shares_kv else config.num_loops)
     return {
         "shared_between_loops": config.shares_kv,
-        "n_ctx": config.max_position_embeddings,
-        "bytes_per_token": {name: config.kv_bytes_per_token(size) for name, size in KV_TYPE_BYTES.items()},
-        "bytes_at_n_ctx": config.kv_bytes_per_token(2) * config.max_position_embeddings,
-        "shared": {"bytes_per_token": shared, "bytes_at_n_ctx": shared * config.max_position_embeddings},
-        "per_loop": {"bytes_per_token": per_loop, "bytes_at_n_ctx": per_loop * config.max_position_embeddings},
+        "type": kv_type,
+        "n_ctx": n_ctx,
+        "bytes_per_token": {name: config.kv_bytes_per_token(each) for name, each in KV_TYPE_BYTES.items()},
+        "bytes_at_n_ctx": own * n_ctx,
+        "shared": {"bytes_per_token": shared, "bytes_at_n_ctx": shared * n_ctx},
+        "per_loop": {"bytes_per_token": per_loop, "bytes_at_n_ctx": per_loop * n_ctx},
     }
 
 
@@ -176,6 +213,16 @@ def _model(config: LoopConfig, *, has_exit_gate: bool) -> dict[str, Any]:
         "n_ctx_train": config.max_position_embeddings,
         "rope_theta": config.rope_theta,
         "rms_norm_eps": config.rms_norm_eps,
+    }
+
+
+def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "model": _text(metadata.get("tokenizer.ggml.model")),
+        "pre": _text(metadata.get("tokenizer.ggml.pre")),
+        "tokens": _length(metadata.get("tokenizer.ggml.tokens")),
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
 
 

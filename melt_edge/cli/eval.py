@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from melt_edge.cli.console import Stopwatch, err, out, print_json, safe, show_library_warnings, status
-from melt_edge.cli.options import Debug, Json, Loops, Threads, model_file, option
+from melt_edge.cli.options import Debug, ExitThreshold, Json, Loops, Threads, is_onnx, model_path, option
+from melt_edge.errors import ConfigError
 from melt_edge.tasks import ALL_TASKS, TASKS, test_problems
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[
         Path,
-        typer.Argument(metavar="MODEL", show_default=False, help="A GGUF file, a checkpoint folder, or ouro-tiny."),
+        typer.Argument(
+            metavar="MODEL", show_default=False, help="A GGUF file, an ONNX or checkpoint folder, or ouro-tiny."
+        ),
     ],
     task: Annotated[str, option("--task", metavar="NAME", help=f"{', '.join(TASKS)}, or {ALL_TASKS}.")],
     n: Annotated[
@@ -49,6 +52,7 @@ def evaluate(
         ),
     ] = None,
     threads: Threads = None,
+    exit_threshold: ExitThreshold = None,
     max_tokens: Annotated[
         int, option("--max-tokens", metavar="N", min=1, show=True, help="Cut an answer after so many tokens.")
     ] = 16,
@@ -78,7 +82,9 @@ def evaluate(
     show_library_warnings()
     problems = test_problems(task, seed, n, split)
     watch = Stopwatch()
-    with _open(model, loops=loops, chunk=chunk, threads=threads, max_tokens=max_tokens) as solver:
+    with _open(
+        model, loops=loops, chunk=chunk, threads=threads, exit_threshold=exit_threshold, max_tokens=max_tokens
+    ) as solver:
         from melt_edge.tasks.evaluate import evaluate as run
 
         with _progress(len(problems)) as progress:
@@ -92,14 +98,28 @@ def evaluate(
 
 
 def _open(
-    path: Path, *, loops: int | None, chunk: int | None, threads: int | None, max_tokens: int
+    path: Path,
+    *,
+    loops: int | None,
+    chunk: int | None,
+    threads: int | None,
+    exit_threshold: float | None,
+    max_tokens: int,
 ) -> FileSolver | nullcontext[ReferenceSolver]:
     from melt_edge.tasks.solvers import FileSolver, ReferenceSolver
 
     with status(f"loading {path.name}"):
-        if not path.is_dir():
-            file = model_file(path)
-            return FileSolver(file, loops=loops, chunk=chunk, threads=threads, max_tokens=max_tokens)
+        if not path.is_dir() or is_onnx(path):
+            return FileSolver(
+                model_path(path),
+                loops=loops,
+                chunk=chunk,
+                threads=threads,
+                exit_threshold=exit_threshold,
+                max_tokens=max_tokens,
+            )
+        if exit_threshold is not None:
+            raise ConfigError("--exit-threshold ends the loops of an ONNX folder; export the checkpoint as one first")
         solver = ReferenceSolver.open(path, loops=loops, chunk=chunk, max_tokens=max_tokens)
     if threads is not None:
         import torch

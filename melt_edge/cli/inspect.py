@@ -16,7 +16,10 @@ from melt_edge.errors import FormatError
 
 def inspect(
     path: Annotated[
-        Path, typer.Argument(metavar="FILE", show_default=False, help="A GGUF file, a checkpoint folder, or ouro-tiny.")
+        Path,
+        typer.Argument(
+            metavar="FILE", show_default=False, help="A GGUF file, an ONNX or checkpoint folder, or ouro-tiny."
+        ),
     ],
     as_json: Json = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor as well.")] = False,
@@ -26,8 +29,9 @@ def inspect(
 
     Reads headers only, so a large file takes no longer than a small one. Of a
     checkpoint folder every tensor's name, shape and type is checked against
-    config.json. Exit code 1 if melt-edge would refuse the file. With --json a
-    value that is no finite number is the text "inf", "-inf" or "nan".
+    config.json; of an ONNX folder everything but the weights' contents. Exit
+    code 1 if melt-edge would refuse the file. With --json a value that is no
+    finite number is the text "inf", "-inf" or "nan".
 
     Examples:
 
@@ -47,7 +51,7 @@ def inspect(
 
 
 def _show(found: dict[str, Any]) -> None:
-    kind = "GGUF file" if found["kind"] == "gguf" else "checkpoint folder"
+    kind = {"gguf": "GGUF file", "onnx": "ONNX folder", "checkpoint": "checkpoint folder"}[found["kind"]]
     out().print(f"[bold]{escape(safe(found['path']))}[/]  {kind}", soft_wrap=True)
     row("architecture", found["architecture"] or "not said")
     if found["name"]:
@@ -93,7 +97,7 @@ def _show_cache(found: dict[str, Any]) -> None:
         here, there, remark = "shared", "per_loop", "if each loop kept its own rows, as Ouro does"
     else:
         here, there, remark = "per_loop", "shared", "with one row for all loops (export with --share-kv)"
-    row("KV cache f16", _cache_line(cache[here], cache["n_ctx"]), style="bold")
+    row(f"KV cache {cache['type']}", _cache_line(cache[here], cache["n_ctx"]), style="bold")
     row("", f"{_cache_line(cache[there], cache['n_ctx'])} {remark}")
 
 

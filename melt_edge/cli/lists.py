@@ -39,9 +39,7 @@ def check_names(kv_types: Sequence[str], backends: Sequence[str]) -> None:
             raise typer.BadParameter(f"--kv-type is {name!r}, expected some of {', '.join(KV_TYPES)}")
     for name in backends:
         if name not in BACKENDS:
-            raise BackendUnavailableError(
-                f"backend is {name!r}, expected {' or '.join(BACKENDS)}: others cannot be measured yet"
-            )
+            raise BackendUnavailableError(f"backend is {name!r}, expected {' or '.join(BACKENDS)}")
 
 
 def about() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from melt_edge.cli.console import progress_bar
-from melt_edge.cli.options import model_file
+from melt_edge.cli.options import model_path
 from melt_edge.config import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -34,9 +34,10 @@ def contenders_of(
     dense: an Ouro is also the dense model of its layers.
     """
     from melt_edge.compare.points import contenders
-    from melt_edge.compare.random_model import check_disk, default_cache_dir, make_folder, random_model
+    from melt_edge.compare.random_model import check_disk, make_folder, random_model
     from melt_edge.compare.shapes import shape_config
     from melt_edge.export.share_kv import share_kv_gguf
+    from melt_edge.files import default_cache_dir
 
     for arch in archs:
         if arch not in ARCHITECTURES:
@@ -44,11 +45,11 @@ def contenders_of(
     folder = cache_dir or default_cache_dir()
     found: list[Contender] = []
     with ExitStack() as stack:
-        for path in map(model_file, models):
+        for path in map(model_path, models):
             name = path.stem if all(path.stem != other.name for other in found) else str(path)
             roles = contenders(path, name, dense=dense)
             found += roles
-            if share_kv and not roles[-1].config.shares_kv:
+            if share_kv and roles[-1].header.backend == "llama" and not roles[-1].config.shares_kv:
                 make_folder(folder)
                 check_disk(folder, path.stat().st_size)
                 temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="share-kv-", dir=folder))

@@ -23,11 +23,11 @@ def option(*names: str, panel: str | None = None, show: bool = False, **more: An
     return typer.Option(*names, rich_help_panel=panel, show_default=show, **more)
 
 
-def check_kv_type(name: str) -> str:
+def check_kv_type(name: str | None) -> str | None:
     """Callback of --kv-type. Raises: BadParameter, which is a wrong command line, for a type there is not."""
     from melt_edge.runtime.memory import KV_TYPES
 
-    if name not in KV_TYPES:
+    if name is not None and name not in KV_TYPES:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(KV_TYPES)}")
     return name
 
@@ -41,7 +41,10 @@ Json = Annotated[bool, option("--json", help="Print one JSON object on standard 
 System = Annotated[str | None, option("--system", metavar="TEXT", help="System message of the chat template.")]
 
 ModelPath = Annotated[
-    Path, typer.Argument(metavar="MODEL", show_default=False, help="A GGUF file of an Ouro or MELT, or ouro-tiny.")
+    Path,
+    typer.Argument(
+        metavar="MODEL", show_default=False, help="A GGUF file or ONNX folder of an Ouro or MELT, or ouro-tiny."
+    ),
 ]
 Loops = Annotated[
     int | None,
@@ -76,14 +79,13 @@ NCtx = Annotated[
     ),
 ]
 KvType = Annotated[
-    str,
+    str | None,
     option(
         "--kv-type",
         metavar="TYPE",
         panel=_MODEL,
-        show=True,
         callback=check_kv_type,
-        help="Type of the KV cache: f32, f16, q8_0 or q4_0.",
+        help="Type of the KV cache: f32, f16, q8_0 or q4_0. (default: f16; an ONNX folder's own)",
     ),
 ]
 Threads = Annotated[
@@ -98,6 +100,26 @@ GpuLayers = Annotated[
         min=-1,
         panel=_MODEL,
         help="Layers on the GPU, -1 for all. (default: all with Metal, else 0)",
+    ),
+]
+ExitThreshold = Annotated[
+    float | None,
+    option(
+        "--exit-threshold",
+        metavar="P",
+        min=1e-5,
+        max=1.0,
+        panel=_MODEL,
+        help="ONNX: end a MELT's loops once its exit gate adds up to P. (default: never)",
+    ),
+]
+Provider = Annotated[
+    str | None,
+    option(
+        "--provider",
+        metavar="NAME",
+        panel=_MODEL,
+        help="ONNX: where it runs, cpu, coreml, dml, cuda or qnn. (default: cpu)",
     ),
 ]
 MaxTokens = Annotated[
@@ -152,19 +174,36 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def is_onnx(path: Path) -> bool:
+    """True for a folder that melt-edge export onnx wrote."""
+    from melt_edge.runtime.onnx_folder import is_onnx_folder
+
+    return is_onnx_folder(path)
+
+
+def model_path(path: Path) -> Path:
+    """The path of a model file or an ONNX folder, or of the shipped model of that name.
+
+    Raises: FormatError that says what to do if it is none of them.
+    """
+    return path if is_onnx(path) else model_file(path)
+
+
 def model_file(path: Path) -> Path:
     """The path of a model file, or of the shipped model of that name.
 
     Raises: FormatError that says what to do if it is neither.
     """
     if path.is_dir():
+        if is_onnx(path):
+            raise FormatError(f"{path}: is an ONNX folder, this command takes a .gguf file")
         if (path / "config.json").is_file():
             target = f"{path.resolve().name}.gguf"
             raise FormatError(
                 f"{path}: is a checkpoint folder, not a model file; write one with: "
                 f"melt-edge export gguf {path} {target} --type q8_0"
             )
-        raise FormatError(f"{path}: is a folder, expected a .gguf file")
+        raise FormatError(f"{path}: is a folder, expected a .gguf file or one that melt-edge export onnx wrote")
     if path.exists():
         return path
     if len(path.parts) == 1 and not path.suffix:
@@ -197,6 +236,6 @@ def open_model(path: Path, **options: Any) -> Model:
     """Load a model with the options that were given, with a spinner on a terminal."""
     import melt_edge
 
-    path = model_file(path)
+    path = model_path(path)
     with status(f"loading {path.name}"):
         return melt_edge.load(path, **given(**options))

@@ -86,12 +86,11 @@ BaseChunk = Annotated[
     option("--base-chunk", metavar="N", min=1, panel=_BASE, help="--chunk of BASE."),
 ]
 BaseKvType = Annotated[
-    str,
+    str | None,
     option(
         "--base-kv-type",
         metavar="TYPE",
         panel=_BASE,
-        show=True,
         callback=check_kv_type,
         help="--kv-type of BASE.",
     ),
@@ -107,7 +106,7 @@ def perplexity(
     parse_special: ParseSpecial = False,
     loops: Loops = None,
     chunk: Chunk = None,
-    kv_type: KvType = "f16",
+    kv_type: KvType = None,
     share_kv: ShareKv = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -166,11 +165,11 @@ def kl(
     parse_special: ParseSpecial = False,
     loops: Loops = None,
     chunk: Chunk = None,
-    kv_type: KvType = "f16",
+    kv_type: KvType = None,
     share_kv: ShareKv = False,
     base_loops: BaseLoops = None,
     base_chunk: BaseChunk = None,
-    base_kv_type: BaseKvType = "f16",
+    base_kv_type: BaseKvType = None,
     base_share_kv: BaseShareKv = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -199,7 +198,7 @@ def kl(
     data = read_bytes(text)
     side = settings(model, loops=loops, chunk_size=chunk, kv_type=kv_type, share_kv=share_kv)
     other = settings(base, loops=base_loops, chunk_size=base_chunk, kv_type=base_kv_type, share_kv=base_share_kv)
-    check_same_vocabulary(side.file, other.file)
+    check_same_vocabulary(side.header, other.header)
     n_ctx = window_size(ctx, side, other)
     watch = Stopwatch()
     with (

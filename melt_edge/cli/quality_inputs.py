@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from melt_edge.cli.console import status
-from melt_edge.cli.options import model_file, open_model
+from melt_edge.cli.options import model_path, open_model
 from melt_edge.errors import ConfigError
 
 if TYPE_CHECKING:
     from melt_edge import Model
     from melt_edge.quality.windows import Windows
-    from melt_edge.runtime.gguf_check import GGUFInfo
+    from melt_edge.runtime.header import ModelHeader
 
 DEFAULT_CTX = 512
 # The tokenizer counts bytes in 31 bits, and makes up to one token of each.
@@ -26,38 +26,37 @@ MAX_TEXT_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Settings:
-    """One side of a measurement: a checked file and how to run it; None is the file's own."""
+    """One side of a measurement: a checked model and how to run it; None is its own."""
 
-    file: GGUFInfo
+    header: ModelHeader
     loops: int | None
     chunk_size: int | None
-    kv_type: str
+    kv_type: str | None
     share_kv: bool
 
-    @property
-    def n_ctx_train(self) -> int:
-        """Tokens of context the model was trained for."""
-        from melt_edge.runtime.gguf_check import config_from_gguf
 
-        return config_from_gguf(self.file).max_position_embeddings
-
-
-def settings(model: Path, *, loops: int | None, chunk_size: int | None, kv_type: str, share_kv: bool) -> Settings:
+def settings(
+    model: Path, *, loops: int | None, chunk_size: int | None, kv_type: str | None, share_kv: bool
+) -> Settings:
     """Read a model's header. Raises: FormatError, SpecError or ConfigError for a file that cannot run."""
-    from melt_edge.runtime.gguf_check import check_gguf
+    from melt_edge.runtime.header import read_header
 
-    return Settings(check_gguf(model_file(model)), loops, chunk_size, kv_type, share_kv)
+    header = read_header(model_path(model))
+    if share_kv and header.backend == "onnx":
+        raise ConfigError(f"{header.path}: --share-kv rewrites a GGUF file; export the folder with --share-kv instead")
+    return Settings(header, loops, chunk_size, kv_type, share_kv)
 
 
 def window_size(wanted: int | None, *sides: Settings) -> int:
-    """Tokens per window. Raises: ConfigError if a model was trained for fewer than wanted."""
-    shortest = min(sides, key=lambda side: side.n_ctx_train)
+    """Tokens per window. Raises: ConfigError if a model was trained, or exported, for fewer than wanted."""
+    header = min((side.header for side in sides), key=lambda each: each.most_ctx)
+    most = header.most_ctx
     if wanted is None:
-        return min(DEFAULT_CTX, shortest.n_ctx_train)
-    if wanted > shortest.n_ctx_train:
+        return min(DEFAULT_CTX, most)
+    if wanted > most:
+        made = "trained" if most == header.config.max_position_embeddings else "exported"
         raise ConfigError(
-            f"{shortest.file.path}: --ctx is {wanted}, but the model was trained for {shortest.n_ctx_train} tokens; "
-            f"use --ctx {shortest.n_ctx_train} or less"
+            f"{header.path}: --ctx is {wanted}, but the model was {made} for {most} tokens; use --ctx {most} or less"
         )
     return wanted
 
@@ -65,7 +64,7 @@ def window_size(wanted: int | None, *sides: Settings) -> int:
 @contextmanager
 def opened(side: Settings, *, n_ctx: int, n_threads: int | None) -> Iterator[Model]:
     """The loaded model of one side; one that shares its cache runs from a temporary copy of the file."""
-    path = side.file.path
+    path = side.header.path
     with ExitStack() as stack:
         if side.share_kv:
             from melt_edge.export.share_kv import share_kv_gguf
@@ -88,7 +87,7 @@ def settings_json(side: Settings, model: Model) -> dict[str, Any]:
     """One side as ``--json`` prints it."""
     info = model.info
     return {
-        "path": str(side.file.path),
+        "path": str(side.header.path),
         "architecture": info.architecture,
         "share_kv": side.share_kv,
         "num_loops": info.num_loops,
@@ -104,26 +103,20 @@ def settings_line(side: Settings, model: Model) -> str:
     info = model.info
     layout = "shared" if info.architecture == "melt" else "per loop"
     return (
-        f"{side.file.path.name}: {info.architecture}, {info.quantisation}, {info.num_loops} loops, "
+        f"{side.header.path.name}: {info.architecture}, {info.quantisation}, {info.num_loops} loops, "
         f"chunk {info.chunk_size}, cache {info.kv_type} {layout}"
     )
 
 
-def check_same_vocabulary(model: GGUFInfo, base: GGUFInfo) -> None:
+def check_same_vocabulary(model: ModelHeader, base: ModelHeader) -> None:
     """Raises: ConfigError with the first difference, if a token id stands for another text in each."""
-    here, there = (_vocabulary(file) for file in (model, base))
+    here, there = model.tokens, base.tokens
     advice = "only models of one vocabulary can be compared"
     if len(here) != len(there):
         raise ConfigError(f"{model.path}: has {len(here)} tokens, {base.path} has {len(there)}; {advice}")
     for token, (mine, theirs) in enumerate(zip(here, there, strict=True)):
         if mine != theirs:
             raise ConfigError(f"{model.path}: token {token} is {mine!r}, in {base.path} it is {theirs!r}; {advice}")
-
-
-def _vocabulary(file: GGUFInfo) -> list[Any]:
-    tokens = file.metadata["tokenizer.ggml.tokens"]
-    assert isinstance(tokens, list)
-    return tokens
 
 
 def read_bytes(source: str) -> bytes:

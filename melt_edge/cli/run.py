@@ -13,6 +13,7 @@ from melt_edge.cli.generation import closing_lines, completion_json, print_strea
 from melt_edge.cli.options import (
     ChunkSize,
     Debug,
+    ExitThreshold,
     GpuLayers,
     Json,
     KvType,
@@ -21,6 +22,7 @@ from melt_edge.cli.options import (
     MinP,
     ModelPath,
     NCtx,
+    Provider,
     RepeatPenalty,
     Seed,
     Stop,
@@ -69,9 +71,11 @@ def run(
     n_ctx: NCtx = None,
     loops: Loops = None,
     chunk_size: ChunkSize = None,
-    kv_type: KvType = "f16",
+    kv_type: KvType = None,
     threads: Threads = None,
     n_gpu_layers: GpuLayers = None,
+    exit_threshold: ExitThreshold = None,
+    provider: Provider = None,
     load_state: Annotated[
         Path | None,
         option(
@@ -126,6 +130,8 @@ def run(
         kv_type=kv_type,
         n_threads=threads,
         n_gpu_layers=n_gpu_layers,
+        exit_threshold=exit_threshold,
+        provider=provider,
     ) as loaded:
         if load_state is not None:
             loaded.load_state(load_state)

@@ -18,11 +18,12 @@ from melt_edge.cli.options import (
     ModelPath,
     NCtx,
     Threads,
+    is_onnx,
     model_file,
     open_model,
     option,
 )
-from melt_edge.errors import BackendUnavailableError, ConfigError
+from melt_edge.errors import BackendUnavailableError, ConfigError, FormatError
 
 if TYPE_CHECKING:
     from melt_edge import Model
@@ -51,7 +52,7 @@ def serve(
     n_ctx: NCtx = None,
     loops: Loops = None,
     chunk_size: ChunkSize = None,
-    kv_type: KvType = "f16",
+    kv_type: KvType = None,
     threads: Threads = None,
     n_gpu_layers: GpuLayers = None,
     debug: Debug = False,
@@ -67,6 +68,11 @@ def serve(
         -d '{"messages": [{"role": "user", "content": "What is 12 + 30?"}]}'
     """
     show_library_warnings()
+    if is_onnx(model):
+        raise FormatError(
+            f"{model}: is an ONNX folder, which serve cannot run: its server is llama.cpp's and takes a .gguf file; "
+            "write one with: melt-edge export gguf CHECKPOINT OUT.gguf"
+        )
     path = model_file(model)
     _require_server()
     listener = _listen(host, port)

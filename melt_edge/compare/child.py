@@ -20,6 +20,7 @@ from melt_edge.errors import MeltError
 from melt_edge.runtime.library import import_llama_cpp
 from melt_edge.runtime.loading import BACKENDS
 from melt_edge.runtime.options import LoadOptions
+from melt_edge.runtime.ort_session import import_onnxruntime
 
 
 def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int, n_prefill: int | None) -> dict[str, Any]:
@@ -29,6 +30,8 @@ def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int, n_pref
     first token then. The tokens are random, the same for every model of the same vocabulary. Raises: as load.
     """
     import_llama_cpp()  # what the process weighs without a model
+    if backend == "onnx":
+        import_onnxruntime()
     result: dict[str, Any] = process_memory("before")
     model = BACKENDS[backend](path, options)
     result |= process_memory("loaded")
@@ -43,12 +46,15 @@ def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int, n_pref
     model.eval(prompt)
     model.last_logits().argmax()
     prefill_s = time.perf_counter() - start
-    fill(model, context)
+    if len(prompt) < len(context):
+        fill(model, context)
+    native_before = model.native_s
     start = time.perf_counter()
     for token in rest:
         model.eval([token])
         model.last_logits().argmax()
     decode_s = time.perf_counter() - start
+    native_after = model.native_s
 
     memory = model.memory()
     result |= process_memory("filled")
@@ -63,6 +69,8 @@ def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int, n_pref
         "prefill_tps": len(prompt) / prefill_s,
         "decode_tps": len(rest) / decode_s,
     }
+    if native_before is not None and native_after is not None:
+        result["decode_overhead"] = 1.0 - (native_after - native_before) / decode_s
     model.close()
     return result
 

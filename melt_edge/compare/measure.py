@@ -43,7 +43,7 @@ def measure_point(point: Point, *, limit_s: float) -> Row:
 
 def _run_child(point: Point, limit_s: float) -> dict[str, Any]:
     asked = {
-        "path": str(point.contender.file.path.resolve()),
+        "path": str(point.contender.header.path.resolve()),
         "options": asdict(load_options(point)),
         "backend": point.backend,
         "n_decode": point.n_decode,

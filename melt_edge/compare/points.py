@@ -9,9 +9,9 @@ from typing import Any
 
 from melt_edge.config import LoopConfig
 from melt_edge.errors import ConfigError
-from melt_edge.runtime.gguf_check import GGUFInfo, check_gguf, config_from_gguf
-from melt_edge.runtime.memory import Estimate, estimate
-from melt_edge.runtime.options import LoadOptions, resolve
+from melt_edge.runtime.header import ModelHeader, read_header
+from melt_edge.runtime.memory import Estimate
+from melt_edge.runtime.options import LoadOptions
 
 # What is compared, in the order of tables and legends.
 KINDS = {"dense": "dense", "ouro": "Ouro", "no-gate": "MELT, no gate", "melt": "MELT"}
@@ -19,12 +19,16 @@ KINDS = {"dense": "dense", "ouro": "Ouro", "no-gate": "MELT, no gate", "melt": "
 
 @dataclass(frozen=True)
 class Contender:
-    """A model file in one of its roles. name: the shape's or the file's; kind: one of KINDS."""
+    """A model in one of its roles. name: the shape's or the file's; kind: one of KINDS."""
 
     name: str
     kind: str
-    file: GGUFInfo
-    config: LoopConfig
+    header: ModelHeader
+
+    @property
+    def config(self) -> LoopConfig:
+        """What it was trained as."""
+        return self.header.config
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,9 @@ class Row:
     mapped file stays. weights_type: the most frequent one. Resident sets (rss), proportional ones (pss,
     Linux) and footprints (macOS) are those of the process before loading, after it, and with the context
     filled; peak_rss is the highest. n_prefill: tokens that were computed before those decoded, at prefill_tps; fewer
-    than the context if rows were repeated, and then ttft_ms is None. None: not measured, or this system does not say.
+    than the context if rows were repeated, and then ttft_ms is None. decode_overhead: the share of the decode time
+    spent outside the library that computes, where the backend measures it. None: not measured, or this system does
+    not say.
     """
 
     model: str
@@ -91,6 +97,7 @@ class Row:
     ttft_ms: float | None = None
     prefill_tps: float | None = None
     decode_tps: float | None = None
+    decode_overhead: float | None = None
 
     @property
     def total_bytes(self) -> int | None:
@@ -105,16 +112,15 @@ class Row:
 
 
 def contenders(path: Path, name: str, *, dense: bool = True) -> list[Contender]:
-    """The roles of a file: a MELT is itself; an Ouro is itself and, with one loop, the dense model of its layers.
+    """The roles of a model: a MELT is itself; an Ouro is itself and, with one loop, the dense model of its layers.
 
     Raises: FormatError, SpecError or ConfigError for a file that does not load.
     """
-    file = check_gguf(path)
-    config = config_from_gguf(file)
-    if config.shares_kv:
-        return [Contender(name, "melt" if config.has_gate else "no-gate", file, config)]
-    ouro = Contender(name, "ouro", file, config)
-    return [Contender(name, "dense", file, config), ouro] if dense else [ouro]
+    header = read_header(path)
+    if header.config.shares_kv:
+        return [Contender(name, "melt" if header.config.has_gate else "no-gate", header)]
+    ouro = Contender(name, "ouro", header)
+    return [Contender(name, "dense", header), ouro] if dense else [ouro]
 
 
 def grid(
@@ -123,13 +129,15 @@ def grid(
     loops: Sequence[int] | None,
     n_ctx: Sequence[int],
     kv_types: Sequence[str],
-    backends: Sequence[str],
+    backends: Sequence[str] | None,
     n_decode: int,
     n_threads: int,
     n_prefill: int | None = None,
 ) -> list[Point]:
     """Every combination, the shortest contexts first. loops: None takes each file's own number.
 
+    backends: models of others are left out; None takes all. An ONNX folder's cache has the type it was exported
+    with, whatever kv_types are.
     An Ouro with one loop is the dense model, which is measured once. Raises: ConfigError for a context
     without room for a prompt and n_decode tokens.
     """
@@ -142,11 +150,14 @@ def grid(
     has_dense = {model.name for model in models if model.kind == "dense"}
     points = []
     for length in sorted(set(n_ctx)):
-        for kv_type in kv_types:
-            for backend in backends:
-                for model in models:
-                    for count in _loops_of(model, loops, has_dense):
-                        points.append(Point(model, count, length, kv_type, backend, n_decode, n_threads, n_prefill))
+        for number, kv_type in enumerate(kv_types):
+            for model in models:
+                backend, own_type = model.header.backend, model.header.kv_type
+                if (backends is not None and backend not in backends) or (own_type and number > 0):
+                    continue
+                for count in _loops_of(model, loops, has_dense):
+                    kept = own_type or kv_type
+                    points.append(Point(model, count, length, kept, backend, n_decode, n_threads, n_prefill))
     return points
 
 
@@ -166,14 +177,4 @@ def load_options(point: Point) -> LoadOptions:
 
 def computed(point: Point) -> Estimate:
     """The bytes a point is expected to need. Raises: ConfigError if its model cannot be loaded like that."""
-    file = point.contender.file
-    settings = resolve(file, load_options(point))
-    return estimate(
-        file,
-        settings.config,
-        n_ctx=settings.n_ctx,
-        n_ubatch=settings.chunk,
-        n_batch=settings.n_batch,
-        kv_type=settings.kv_type,
-        flash_attn=settings.flash_attn is not False,
-    )
+    return point.contender.header.needed(load_options(point))

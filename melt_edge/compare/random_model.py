@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -36,14 +34,6 @@ _VERSION = 1
 _BLOCK_VALUES = 4 * 2**20
 # The standard deviation of a block's whole numbers: uniform nibbles, uniform bytes.
 _BLOCK_STD = {"q4_0": 4.6, "q8_0": 73.9}
-
-
-def default_cache_dir() -> Path:
-    """The user's cache folder for melt-edge: the platform's, or below $XDG_CACHE_HOME where that is set."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    if home:
-        return Path(home) / "melt-edge"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "melt-edge"
 
 
 def random_model(

@@ -1,4 +1,4 @@
-"""What answers the problems: a GGUF file through llama.cpp, or a checkpoint through the reference model.
+"""What answers the problems: a model file or ONNX folder in the runtime, a checkpoint in the reference model.
 
 Both put the question into the model's own chat template, decode greedily, and give the text of the answer.
 """
@@ -39,7 +39,7 @@ class Solver(Protocol):
 
 
 class FileSolver:
-    """A GGUF file, one question after the other. A context manager that closes the model."""
+    """A GGUF file or ONNX folder, one question after the other. A context manager that closes the model."""
 
     def __init__(
         self,
@@ -48,16 +48,17 @@ class FileSolver:
         loops: int | None = None,
         chunk: int | None = None,
         threads: int | None = None,
-        kv_type: str = "f16",
+        kv_type: str | None = None,
+        exit_threshold: float | None = None,
         max_tokens: int = 16,
     ) -> None:
         """threads: default one for a small model, else the physical cores. Raises: as melt_edge.load."""
-        from melt_edge.runtime.gguf_check import check_gguf, config_from_gguf
+        from melt_edge.runtime.header import read_header
         from melt_edge.runtime.loading import load
 
-        trained = config_from_gguf(check_gguf(path))
-        n_ctx = min(ROOM, trained.max_position_embeddings)
-        if threads is None and path.stat().st_size < _ONE_THREAD_BYTES:
+        header = read_header(path)
+        n_ctx = min(ROOM, header.most_ctx)
+        if threads is None and header.file_bytes < _ONE_THREAD_BYTES:
             threads = 1
         self._model: Model = load(
             path,
@@ -67,10 +68,11 @@ class FileSolver:
             n_ctx=n_ctx,
             n_threads=threads,
             kv_type=kv_type,
+            exit_threshold=exit_threshold,
         )
         self._max_tokens = max_tokens
         self.loops = self._model.info.num_loops
-        self.chunk = _chunk(trained, chunk)
+        self.chunk = _chunk(header.config, chunk)
 
     def __enter__(self) -> FileSolver:
         return self

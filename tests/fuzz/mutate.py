@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 from .draft import SCALAR_TYPES, TENSOR_TYPES, Draft, Key
 
@@ -67,6 +68,12 @@ class Mutator:
     def n_targets(self) -> int:
         """Keys and tensors: so many seeds visit each of them once."""
         return len(self._targets)
+
+    def write(self, seed: int, path: Path) -> str:
+        """Make ``path`` the mutant; returns what was done to it."""
+        raw, what = self.mutant(seed)
+        path.write_bytes(raw)
+        return what
 
     def mutant(self, seed: int) -> tuple[bytes, str]:
         """The mutated file's bytes and what was done, in words."""

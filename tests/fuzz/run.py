@@ -2,6 +2,7 @@
 
     python -m tests.fuzz.run --arch melt --seed 17          one mutant again, by its seed
     python -m tests.fuzz.run --arch ouro --count 2000
+    python -m tests.fuzz.run --arch melt --onnx             of an ONNX folder instead of a file
 
 A mutant passes if it ends in a working model (finite logits, text) or in one of melt_edge's errors.
 A killed or hanging worker is charged to the mutant it was at, and a new one goes on with the next.
@@ -50,13 +51,13 @@ class Verdict:
 
 
 def run_mutants(base: Path, seeds: Iterable[int], *, check_only: bool = False, n_workers: int = 2) -> list[Verdict]:
-    """Try the mutants of a valid file; returns one verdict per seed, in the order of the seeds."""
+    """Try the mutants of a valid file or ONNX folder; returns one verdict per seed, in the order of the seeds."""
     todo: queue.Queue[int] = queue.Queue()
     for seed in seeds:
         todo.put(seed)
     verdicts: list[Verdict] = []
     with tempfile.TemporaryDirectory() as folder:
-        scratch = [Path(folder) / f"mutant-{i}.gguf" for i in range(n_workers)]
+        scratch = [Path(folder) / f"mutant-{i}{base.suffix}" for i in range(n_workers)]
         with ThreadPoolExecutor(n_workers) as pool:
             for done in [pool.submit(_drain, base, path, todo, verdicts, check_only) for path in scratch]:
                 done.result()
@@ -164,12 +165,26 @@ def make_base(arch: str, folder: Path) -> Path:
     return path
 
 
+def make_onnx_base(arch: str, folder: Path, **options: Any) -> Path:
+    """A valid ONNX folder of the architecture, as small as can be. options: of export_onnx."""
+    from melt_edge.export.onnx import export_onnx
+    from tiny import tiny_checkpoint, tiny_config
+
+    config = tiny_config(arch, num_loops=2, max_position_embeddings=64)
+    checkpoint = tiny_checkpoint(folder / "checkpoint", config, seed=1)
+    export_onnx(checkpoint, folder / f"{arch}-onnx", verify=False, **options)
+    return folder / f"{arch}-onnx"
+
+
 def describe(verdict: Verdict, base: Path) -> str:
     """The verdict in one line, with what the mutation was even if the worker could not say."""
     from .draft import Draft
     from .mutate import Mutator
+    from .onnx_mutate import OnnxMutator
 
-    what = verdict.what or Mutator(Draft.read(base)).mutant(verdict.seed)[1]
+    mutator = OnnxMutator(base) if base.is_dir() else Mutator(Draft.read(base))
+    with tempfile.TemporaryDirectory() as folder:
+        what = verdict.what or mutator.write(verdict.seed, Path(folder) / "mutant")
     return f"seed {verdict.seed}: {verdict.end} in {verdict.seconds:.2f} s | {what} | {verdict.words[-700:]}"
 
 
@@ -179,14 +194,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="this mutant alone")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--onnx", action="store_true", help="mutants of an ONNX folder")
+    parser.add_argument("--precision", default="fp32", help="of that folder")
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--check-only", action="store_true", help="only the check in Python, without the library")
     parser.add_argument("--verbose", action="store_true", help="every mutant, not just the bad ones")
     args = parser.parse_args()
     seeds = range(args.first, args.first + args.count) if args.seed is None else [args.seed]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        base = make_base(args.arch, Path(folder))
-        verdicts = run_mutants(base, seeds, check_only=args.check_only)
+        if args.onnx:
+            base = make_onnx_base(args.arch, Path(folder), precision=args.precision)
+        else:
+            base = make_base(args.arch, Path(folder))
+        verdicts = run_mutants(base, seeds, check_only=args.check_only, n_workers=args.workers)
         for verdict in verdicts:
             if args.verbose or args.seed is not None or not verdict.is_good:
                 sys.stdout.write(describe(verdict, base) + "\n")

@@ -17,9 +17,11 @@ from pathlib import Path
 
 from melt_edge.errors import MeltError
 from melt_edge.runtime.gguf_check import check_gguf
+from melt_edge.runtime.onnx_folder import open_folder
 
 from .draft import Draft
 from .mutate import Mutator
+from .onnx_mutate import OnnxMutator
 
 PROMPT = "What is 12 plus 30?"
 # Address space, not memory: the libraries and torch alone map some gigabytes.
@@ -31,6 +33,8 @@ def try_file(path: Path, *, run: bool) -> tuple[str, str]:
     try:
         if run:
             _run(path)
+        elif path.is_dir():
+            open_folder(path).check_weights()
         else:
             check_gguf(path)
     except MeltError as err:
@@ -66,12 +70,11 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
-    mutator = Mutator(Draft.read(args.base))
+    mutator = OnnxMutator(args.base) if args.base.is_dir() else Mutator(Draft.read(args.base))
     for line in sys.stdin:
         seed = int(line)
         _tell({"begin": seed})
-        raw, what = mutator.mutant(seed)
-        args.scratch.write_bytes(raw)
+        what = mutator.write(seed, args.scratch)
         start = time.perf_counter()
         end, words = try_file(args.scratch, run=not args.check_only)
         report = {
