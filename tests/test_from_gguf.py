@@ -4,16 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MakeCheckpoint, MakeGGUF
-from tiny import tiny_config
 from tokenizers import Tokenizer
 
 import melt_edge
+from conftest import MakeCheckpoint, MakeGGUF
 from melt_edge.checkpoint import Checkpoint
 from melt_edge.config import LoopConfig
 from melt_edge.errors import FormatError
 from melt_edge.export.from_gguf import checkpoint_from_gguf
 from melt_edge.models import shipped_model_path
+from tiny import tiny_config
 
 TEXTS = ("What is 12 plus 30?", "<|im_start|>user\nA1b2  c<|im_end|>\n", "über\t  \n\n123'll don't", " ", "日本語 🙂")
 
