@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from melt_edge.export.onnx_ops import Layout
 
 DEFAULT_N_CTX = 4096
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 
 @dataclass

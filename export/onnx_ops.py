@@ -13,17 +13,20 @@ import numpy.typing as npt
 from onnx import helper
 
 from melt_edge.config import LoopConfig
-from melt_edge.export.onnx_builder import Dim, GraphBuilder, Value
+from melt_edge.export.onnx_builder import MICROSOFT, Dim, GraphBuilder, Value
+from melt_edge.export.onnx_quantize import BlockFormat
 from melt_edge.export.onnx_weights import WeightsFile
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+_BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
 class Layout:
     """How an ONNX folder is written. batch, chunk: numbers, or symbols for what is chosen at run time.
 
-    portable: operators of the ONNX standard alone.
+    portable: operators of the ONNX standard alone. block_size, symmetric: of quantised matrices. accuracy_level: what
+    activations a product with them may round to (MatMulNBits): 0 or 1 float32, 4 int8.
     """
 
     precision: str
@@ -31,6 +34,10 @@ class Layout:
     portable: bool = False
     batch: Dim = "batch"
     chunk: Dim = "chunk"
+    block_size: int = 32
+    symmetric: bool = True
+    accuracy_level: int = 4
+    fuse: frozenset[str] = frozenset()
 
     @property
     def opset(self) -> int:
@@ -41,6 +48,13 @@ class Layout:
     def activations(self) -> np.dtype[Any]:
         """The type of states, latents and cache rows."""
         return np.dtype(np.float16 if self.precision == "fp16" else np.float32)
+
+    @property
+    def block_format(self) -> BlockFormat | None:
+        """How matrices are quantised, None if they are not."""
+        if self.precision not in _BITS:
+            return None
+        return BlockFormat(_BITS[self.precision], self.block_size, self.symmetric)
 
 
 class Ops:
@@ -55,9 +69,25 @@ class Ops:
 
     def embedding(self, tokens: Value, name: str, path: str, output: str | None) -> Value:
         """Rows of a table. Shapes: tokens (B, C) -> (B, C, D)."""
-        table = self.graph.stored(self.weights.plain(name, self.float))
-        shape = (*tokens.shape, self.config.hidden_size)
-        return self.graph.node(path, "Gather", [table, tokens], [(output, self.float, shape)], axis=0)[0]
+        made = [(output, self.float, (*tokens.shape, self.config.hidden_size))]
+        fmt = self._table_format()
+        if fmt is None:
+            table = self.graph.stored(self.weights.plain(name, self.float))
+            return self.graph.node(path, "Gather", [table, tokens], made, axis=0)[0]
+        data, scales, zeros = self.weights.blocks((name,), fmt, self.float)
+        rows, n_blocks, blob = data.shape
+        table = self.graph.stored(data, shape=(rows, n_blocks * blob))
+        return self.graph.node(
+            path,
+            "GatherBlockQuantized",
+            [table, tokens, self.graph.stored(scales), None if zeros is None else self.graph.stored(zeros)],
+            made,
+            domain=MICROSOFT,
+            bits=fmt.bits,
+            block_size=fmt.block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )[0]
 
     def rms_norm(self, x: Value, name: str, path: str, output: str | None = None) -> Value:
         """x / rms(x) * weight, computed in float32 whatever the type of x. Shapes: (B, C, D) -> (B, C, D)."""
@@ -69,23 +99,60 @@ class Ops:
 
     def linear(self, x: Value, name: str, path: str, *, bias: str | None = None, output: str | None = None) -> Value:
         """x W^T + b. Shapes: (B, C, in) -> (B, C, out)."""
-        weight = self.graph.stored(self.weights.transposed((name,), self.float))
-        y = self.graph.op(path, "MatMul", [x, weight], (*x.shape[:-1], weight.shape[1]), output=output)
-        if bias is None:
-            return y
-        return self.add(y, self.graph.stored(self.weights.plain(bias, self.float)), path)
+        return self.linears(x, (name,), path, bias=bias, output=output)
+
+    def linears(
+        self, x: Value, names: tuple[str, ...], path: str, *, bias: str | None = None, output: str | None = None
+    ) -> Value:
+        """x [W1; W2; ...]^T + b, the matrices one above the other. Shapes: (B, C, in) -> (B, C, sum of out)."""
+        fmt = self.layout.block_format
+        shift = None if bias is None else self.graph.stored(self.weights.plain(bias, self.float))
+        if fmt is None or self.weights.source.tensors[names[0]].shape[0] == 1:  # the exit gate is one row
+            weight = self.graph.stored(self.weights.transposed(names, self.float))
+            y = self.graph.op(path, "MatMul", [x, weight], (*x.shape[:-1], weight.shape[1]), output=output)
+            return y if shift is None else self.add(y, shift, path)
+        data, scales, zeros = self.weights.blocks(names, fmt, self.float)
+        return self.graph.op(
+            path,
+            "MatMulNBits",
+            [
+                x,
+                self.graph.stored(data),
+                self.graph.stored(scales),
+                None if zeros is None else self.graph.stored(zeros),
+                None,
+                shift,
+            ],
+            (*x.shape[:-1], data.shape[0]),
+            output=output,
+            domain=MICROSOFT,
+            K=x.shape[-1],
+            N=data.shape[0],
+            bits=fmt.bits,
+            block_size=fmt.block_size,
+            accuracy_level=self.layout.accuracy_level,
+        )
 
     def head(self, x: Value, output: str) -> Value:
         """Logits in float32. Shapes: (B, C, D) -> (B, C, V)."""
         named = output if self.float == np.float32 else None
         if not self.config.tie_word_embeddings:
             y = self.linear(x, "lm_head.weight", "/head", output=named)
+        elif self._table_format() is not None:
+            y = self.linear(x, "model.embed_tokens.weight", "/head", output=named)
         else:
             # Stored once, as the embedding reads it; onnxruntime transposes it while loading.
             table = self.graph.stored(self.weights.plain("model.embed_tokens.weight", self.float))
             turned = self.graph.op("/head/table", "Transpose", [table], table.shape[::-1], perm=[1, 0])
             y = self.graph.op("/head", "MatMul", [x, turned], (*x.shape[:-1], table.shape[0]), output=named)
         return y if named else self.cast(y, np.float32, "/head", output)
+
+    def _table_format(self) -> BlockFormat | None:
+        """How the embedding is quantised: its rows must be whole blocks, else it stays in floating point."""
+        fmt = self.layout.block_format
+        if fmt is None or self.config.hidden_size % fmt.block_size:
+            return None
+        return fmt
 
     def add(self, a: Value, b: Value, path: str) -> Value:
         """a + b; b may have fewer axes."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from melt_edge.checkpoint import Checkpoint
 from melt_edge.errors import FormatError
+from melt_edge.export.onnx_quantize import BlockFormat, quantize_rows
 from melt_edge.export.quantize import Progress
 from melt_edge.weights import FloatArray
 
@@ -87,6 +88,34 @@ class WeightsFile:
                 yield 0, start * n_out * kind.itemsize, np.concatenate(columns, axis=1)
 
         return self._place("+".join(names) + ".T", names, [("", kind, (n_in, n_out))], pieces)[0]
+
+    def blocks(
+        self, names: tuple[str, ...], fmt: BlockFormat, dtype: npt.DTypeLike
+    ) -> tuple[StoredTensor, StoredTensor, StoredTensor | None]:
+        """Matrices one above the other, quantised. Shapes: [out, in] each -> data, scales, zero points of the format."""
+        kind = np.dtype(dtype)
+        n_in = self.source.tensors[names[0]].shape[1]
+        n_out = sum(self.source.tensors[name].shape[0] for name in names)
+        parts = [
+            (".data", np.dtype(np.uint8), fmt.data_shape(n_out, n_in)),
+            (".scales", kind, fmt.scales_shape(n_out, n_in)),
+        ]
+        if not fmt.symmetric:
+            parts.append((".zeros", np.dtype(np.uint8), fmt.zeros_shape(n_out, n_in)))
+
+        def pieces() -> Pieces:
+            above = 0
+            for name in names:
+                for start, values in self._rows(name):
+                    quantised = quantize_rows(values, fmt)
+                    scales = self._cast(name, quantised.scales, kind)
+                    for index, piece in enumerate((quantised.data, scales, quantised.zeros)):
+                        if piece is not None:
+                            yield index, (above + start) * piece[0].nbytes, piece
+                above += self.source.tensors[name].shape[0]
+
+        placed = self._place("+".join(names), names, parts, pieces)
+        return placed[0], placed[1], placed[2] if len(placed) > 2 else None
 
     def generated(
         self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...], make: Callable[[], npt.NDArray[Any]]
