@@ -43,19 +43,9 @@ MAX_TOKENS = 128  # the page's
 def check_page(folder: Path, asked: list[dict[str, Any]], texts: list[str] | None = None) -> dict[str, Any]:
     """What the page showed for these questions."""
     subprocess.run(["node", "vendor.mjs"], cwd=WEB, check=True, capture_output=True)
-    command = [
-        "node",
-        "check.mjs",
-        "--model",
-        str(folder),
-        "--ask",
-        json.dumps(asked),
-        "--tokenize",
-        json.dumps(texts or []),
-    ]
-    done = subprocess.run(
-        ["node", "check.mjs", *arguments], cwd=WEB, capture_output=True, text=True, encoding="utf-8", timeout=600
-    )
+    arguments = ["--model", str(folder), "--ask", json.dumps(asked), "--tokenize", json.dumps(texts or [])]
+    command = ["node", "check.mjs", *arguments]
+    done = subprocess.run(command, cwd=WEB, capture_output=True, text=True, encoding="utf-8", timeout=600)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert found["problems"] == []
