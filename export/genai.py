@@ -16,6 +16,7 @@ from melt_edge.export.onnx import (
     PRECISIONS,
     OnnxReport,
     context_size,
+    quantisation,
     verify_graphs,
     write_graph,
     write_json,
@@ -43,6 +44,9 @@ def export_genai(
     loops: Sequence[int] | None = None,
     share_kv: bool = False,
     chunk_size: int | None = None,
+    block_size: int | None = None,
+    symmetric: bool | None = None,
+    accuracy_level: int | None = None,
     verify: bool | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -63,10 +67,11 @@ def export_genai(
     out = Path(out)
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    quantised = quantisation(precision, False, block_size, symmetric, accuracy_level)
     with Checkpoint.open(checkpoint) as source, atomic_folder(out, force=force) as folder:
         config = target_config(source.config, share_kv=share_kv, chunk_size=chunk_size)
         configs = {n: config.with_loops(n) for n in _counts(loops, config)}
-        layout = GenaiLayout(precision, context_size(config, n_ctx))
+        layout = GenaiLayout(precision, context_size(config, n_ctx), **quantised)
         tokenizer = read_tokenizer(source)
         state_bytes = int(config.kv_bytes_per_token(layout.activations.itemsize)) * layout.n_ctx
         report = OnnxReport(out, precision, 0, layout.n_ctx, state_bytes, [*source.notes, *tokenizer.notes])
@@ -83,7 +88,7 @@ def export_genai(
         write_tokenizer(folder, source, config, tokenizer)
         do_sample = bool(source.generation_config.get("do_sample", False))
         write_json(folder / CONFIG_NAME, genai_config(config, layout, tokenizer.ids, sampling, do_sample=do_sample))
-        keys = manifest(config, layout, graphs, tokenizer.ids, sampling, provenance(source, sha256))
+        keys = manifest(config, layout, graphs, {}, tokenizer.ids, sampling, provenance(source, sha256))
         keys["layout"] = "genai"
         write_manifest(folder, keys, None if progress is None else lambda done, total: progress(done, total, "hashing"))
         if not config.shares_kv and layout.block_format is not None and max(configs) > 1:

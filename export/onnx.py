@@ -33,6 +33,8 @@ DEFAULT_N_CTX = 4096
 # prompt, one-token steps, chunk size -> logits (n, V)
 ChunkedLogits = Callable[[list[int], list[int], int], npt.NDArray[np.float32]]
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+ACCURACY_LEVELS = (0, 1, 4)
 
 
 @dataclass
@@ -59,6 +61,10 @@ def export_onnx(
     n_ctx: int | None = None,
     share_kv: bool = False,
     chunk_size: int | None = None,
+    block_size: int | None = None,
+    symmetric: bool | None = None,
+    accuracy_level: int | None = None,
+    static: bool = False,
     portable: bool = False,
     verify: bool | None = None,
     force: bool = False,
@@ -66,14 +72,17 @@ def export_onnx(
 ) -> OnnxReport:
     """Write a checkpoint folder as ONNX graphs for one loop step, with one file of weights.
 
-    precision: fp32 or fp16. n_ctx: rows of the K/V state, default the model's context up to 4096.
-    share_kv, chunk_size, verify: as export_gguf. portable: operators of the ONNX standard alone.
+    precision: fp32, fp16, or matrices in blocks of int8 or int4. n_ctx: rows of the K/V state, default the model's
+    context up to 4096. share_kv, chunk_size, verify: as export_gguf.
+    block_size, symmetric, accuracy_level: of int8 and int4, see onnx_ops.Layout; None takes what was measured best.
+    static: also write graphs with no symbolic dimension, for one token and for chunk_size tokens.
+    portable: operators of the ONNX standard alone, fp32 or fp16.
     Raises: ConfigError, SpecError, FormatError before anything is in place; ParityError if the graphs do not
     compute what the reference does; BackendUnavailableError without onnx, or if verify lacks onnxruntime.
     """
     try:
         from melt_edge.export.onnx_graph import build_graphs
-        from melt_edge.export.onnx_manifest import manifest, write_manifest
+        from melt_edge.export.onnx_manifest import graph_file, manifest, write_manifest
         from melt_edge.export.onnx_ops import Layout
         from melt_edge.export.onnx_weights import WEIGHTS_NAME, WeightsFile
     except ImportError as err:
@@ -82,23 +91,29 @@ def export_onnx(
     out = Path(out)
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    quantised = quantisation(precision, portable, block_size, symmetric, accuracy_level)
     with Checkpoint.open(checkpoint) as source, atomic_folder(out, force=force) as folder:
         config = target_config(source.config, share_kv=share_kv, chunk_size=chunk_size)
-        layout = Layout(precision, context_size(config, n_ctx), portable)
+        layout = Layout(precision, context_size(config, n_ctx), portable, **quantised)
         tokenizer = read_tokenizer(source)
         state_bytes = int(config.kv_bytes_per_token(layout.activations.itemsize)) * layout.n_ctx
         report = OnnxReport(out, precision, 0, layout.n_ctx, state_bytes, [*source.notes, *tokenizer.notes])
         sampling = sampling_values(source)
         weights = WeightsFile(source)
         graphs = build_graphs(config, layout, weights)
+        sizes = sorted({1, min(config.chunk_size, layout.n_ctx)}) if static else []
+        of_fixed_shape = {size: build_graphs(config, layout.static(size), weights) for size in sizes}
         assert weights.used == set(source.tensors), "a tensor of the checkpoint is in no graph"
         check_disk(folder, weights.nbytes)
         sha256 = source.scan(None if progress is None else lambda done, total: progress(done, total, "checking"))
         weights.write(folder / WEIGHTS_NAME, progress)
         for name, graph in graphs.items():
-            write_graph(folder / f"{name}.onnx", graph)
+            write_graph(folder / graph_file(name), graph)
+        for size, of_size in of_fixed_shape.items():
+            for name, graph in of_size.items():
+                write_graph(folder / graph_file(name, size), graph)
         write_tokenizer(folder, source, config, tokenizer)
-        keys = manifest(config, layout, graphs, tokenizer.ids, sampling, provenance(source, sha256))
+        keys = manifest(config, layout, graphs, of_fixed_shape, tokenizer.ids, sampling, provenance(source, sha256))
         write_manifest(folder, keys, None if progress is None else lambda done, total: progress(done, total, "hashing"))
         from melt_edge.export.onnx_verify import folder_logits
 
@@ -115,6 +130,27 @@ def context_size(config: LoopConfig, n_ctx: int | None) -> int:
     if not 1 <= n_ctx <= most:
         raise ConfigError(f"n_ctx is {n_ctx}, expected 1 to {most}, the model's context (--n-ctx)")
     return n_ctx
+
+
+def quantisation(
+    precision: str, portable: bool, block_size: int | None, symmetric: bool | None, accuracy_level: int | None
+) -> dict[str, Any]:
+    """Layout's fields for quantised matrices. Raises: ConfigError for what the precision or the operators do not have."""
+    given = {"block_size": block_size, "symmetric": symmetric, "accuracy_level": accuracy_level}
+    if precision not in ("int8", "int4"):
+        asked = [key for key, value in given.items() if value is not None]
+        if asked:
+            raise ConfigError(f"{asked[0]} is of int8 and int4, but precision is {precision}; leave it out")
+        return {}
+    if portable:
+        raise ConfigError(
+            f"precision is {precision}, whose operators are onnxruntime's own; with portable use fp32 or fp16"
+        )
+    if block_size is not None and block_size not in BLOCK_SIZES:
+        raise ConfigError(f"block_size is {block_size}, expected one of {', '.join(map(str, BLOCK_SIZES))}")
+    if accuracy_level is not None and accuracy_level not in ACCURACY_LEVELS:
+        raise ConfigError(f"accuracy_level is {accuracy_level}, expected one of {', '.join(map(str, ACCURACY_LEVELS))}")
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def write_graph(path: Path, graph: GraphBuilder) -> None:

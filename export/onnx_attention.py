@@ -136,15 +136,19 @@ def _positions(ops: Ops, state: State) -> tuple[Value, Value, Value]:
     graph, path = ops.graph, "/loop/positions"
     batch, chunk = state.x.shape[:2]
     n_ctx = ops.layout.n_ctx
-    zero, one = graph.constant("zero", 0, np.int64), graph.constant("one", 1, np.int64)
-    shape = graph.node(path, "Shape", [state.x], [(None, np.int64, (1,))], start=1, end=2)[0]
-    length = graph.op(f"{path}/length", "Squeeze", [shape], ())
-    offsets = graph.op(path, "Range", [zero, length, one], (chunk,))
+    one = graph.constant("one", 1, np.int64)
+    if isinstance(chunk, int):
+        length = graph.constant("chunk", chunk, np.int64)
+        offsets = ops.int64("offsets", *range(chunk))
+    else:
+        shape = graph.node(path, "Shape", [state.x], [(None, np.int64, (1,))], start=1, end=2)[0]
+        length = graph.op(f"{path}/length", "Squeeze", [shape], ())
+        offsets = graph.op(path, "Range", [graph.constant("zero", 0, np.int64), length, one], (chunk,))
     last = ops.cast(state.seqlens_k, np.int64, f"{path}/last")
     past_len = ops.sub(ops.add(last, one, f"{path}/total"), length, f"{path}/past_len")  # (B,)
     column = graph.op(f"{path}/past_len", "Unsqueeze", [past_len, ops.int64("axis1", 1)], (batch, 1))
     positions = graph.op(path, "Add", [column, offsets], (batch, chunk))
-    rows = graph.op(f"{path}/rows", "Range", [zero, graph.constant("n_ctx", n_ctx, np.int64), one], (n_ctx,))
+    rows = graph.stored(ops.weights.generated("rows", np.int64, (n_ctx,), lambda: np.arange(n_ctx)))
     queries = graph.op(f"{path}/queries", "Unsqueeze", [positions, ops.int64("axes13", 1, 3)], (batch, 1, chunk, 1))
     visible = graph.node(path, "LessOrEqual", [rows, queries], [(None, np.bool_, (batch, 1, chunk, n_ctx))])[0]
     state.positions = positions, past_len, visible

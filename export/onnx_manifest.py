@@ -25,11 +25,15 @@ def manifest(
     config: LoopConfig,
     layout: Layout,
     graphs: dict[str, GraphBuilder],
+    static: dict[int, dict[str, GraphBuilder]],
     ids: SpecialIds,
     sampling: dict[str, float | int],
     source: dict[str, str],
 ) -> dict[str, Any]:
-    """All keys but "files", which ``write_manifest`` adds once they are written."""
+    """All keys but "files", which ``write_manifest`` adds once they are written.
+
+    graphs: by name; static: those of fixed shapes by the tokens of a chunk, maybe none.
+    """
     float_name = layout.activations.name
     return {
         "format_version": FORMAT_VERSION,
@@ -49,6 +53,7 @@ def manifest(
             "n_ctx": layout.n_ctx,
         },
         "precision": layout.precision,
+        "quantisation": _quantisation(layout),
         "dtypes": {"activations": float_name, "kv": float_name},
         "opset": layout.opset,
         "portable": layout.portable,
@@ -57,7 +62,8 @@ def manifest(
         "eos_token_id": ids.eos,
         "pad_token_id": ids.pad,
         "sampling": sampling,
-        "graphs": {name: _graph(f"{name}.onnx", graph) for name, graph in graphs.items()},
+        "graphs": _graphs(graphs),
+        "static": {str(chunk): _graphs(of_chunk, chunk) for chunk, of_chunk in static.items()},
         "source": source,
     }
 
@@ -81,11 +87,31 @@ def write_manifest(folder: Path, keys: dict[str, Any], progress: Callable[[int, 
     (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def _graph(file: str, graph: GraphBuilder) -> dict[str, Any]:
+def graph_file(name: str, chunk: int | None = None) -> str:
+    """A graph's file name. chunk: the tokens of a chunk of fixed size."""
+    return f"{name}.onnx" if chunk is None else f"{name}.{chunk}.onnx"
+
+
+def _quantisation(layout: Layout) -> dict[str, int | bool] | None:
+    fmt = layout.block_format
+    if fmt is None:
+        return None
     return {
-        "file": file,
-        "inputs": [_value(value) for value in graph.inputs],
-        "outputs": [_value(value) for value in graph.outputs],
+        "bits": fmt.bits,
+        "block_size": fmt.block_size,
+        "symmetric": fmt.symmetric,
+        "accuracy_level": layout.accuracy_level,
+    }
+
+
+def _graphs(graphs: dict[str, GraphBuilder], chunk: int | None = None) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "file": graph_file(name, chunk),
+            "inputs": [_value(value) for value in graph.inputs],
+            "outputs": [_value(value) for value in graph.outputs],
+        }
+        for name, graph in graphs.items()
     }
 
 

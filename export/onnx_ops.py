@@ -5,7 +5,7 @@ One place chooses between onnxruntime's own operators and those of the standard;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,10 @@ class Layout:
     block_size: int = 32
     symmetric: bool = True
     accuracy_level: int = 4
-    fuse: frozenset[str] = frozenset()
+
+    def static(self, chunk: int) -> Layout:
+        """This layout with no symbolic dimension: one sequence, chunks of this many tokens."""
+        return replace(self, batch=1, chunk=chunk)
 
     @property
     def opset(self) -> int:

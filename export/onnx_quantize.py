@@ -91,12 +91,12 @@ def _pack(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
         return values
     if values.shape[-1] % 2:
         values = np.concatenate([values, np.zeros((*values.shape[:-1], 1), np.uint8)], axis=-1)
-    packed: npt.NDArray[np.uint8] = values[..., ::2] | (values[..., 1::2] << 4)
-    return packed
+    low, high = values[..., ::2], values[..., 1::2]
+    return np.bitwise_or(low, np.left_shift(high, 4, dtype=np.uint8))
 
 
 def _unpack(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.uint8]:
     if bits == 8:
         return packed
-    both: npt.NDArray[np.uint8] = np.stack([packed & 15, packed >> 4], axis=-1)
+    both: npt.NDArray[np.uint8] = np.stack([packed % 16, packed // 16], axis=-1).astype(np.uint8)
     return both.reshape(*packed.shape[:-1], -1)[..., :count]

@@ -17,27 +17,34 @@ if TYPE_CHECKING:
 
 
 class LoopSteps:
-    """The graphs of a folder and the state between chunks. Every state tensor is bound once, in place."""
+    """The graphs of a folder and the state between chunks. Every state tensor is bound once, in place.
 
-    def __init__(self, folder: Path, *, loops: int | None = None, batch: int = 1, n_threads: int = 1) -> None:
+    fixed: take the graphs of chunks of this many tokens, and pad to that.
+    """
+
+    def __init__(
+        self, folder: Path, *, loops: int | None = None, batch: int = 1, n_threads: int = 1, fixed: int | None = None
+    ) -> None:
         try:
             import onnxruntime
         except ImportError as err:
             raise BackendUnavailableError("comparing needs onnxruntime; install melt-edge[onnx]") from err
         self.ort = onnxruntime
         self.manifest: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        graphs = self.manifest["graphs"] if fixed is None else self.manifest["static"][str(fixed)]
+        self.fixed = fixed
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = n_threads
         self.sessions: dict[str, onnxruntime.InferenceSession] = {
             name: onnxruntime.InferenceSession(folder / graph["file"], options, providers=["CPUExecutionProvider"])
-            for name, graph in self.manifest["graphs"].items()
+            for name, graph in graphs.items()
         }
         self.loops = loops or self.manifest["num_loops"]
         self.n_layers: int = self.manifest["shapes"]["num_hidden_layers"]
         self.batch = batch
         self.n_past = 0
         n_slots = self.n_layers * (1 if self.manifest["architecture"] == "melt" else self.loops)
-        specs = {value["name"]: value for value in self.manifest["graphs"]["loop"]["inputs"]}
+        specs = {value["name"]: value for value in graphs["loop"]["inputs"]}
         self.specs = specs
         shape = [batch, *specs["past.0.key"]["shape"][1:]]
         self.slots = [
@@ -45,14 +52,18 @@ class LoopSteps:
             for _ in range(n_slots)
         ]
 
-    def chunk(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Logits of one chunk that follows the tokens before. Shapes: (B, C) -> (B, C, V)."""
+    def chunk(self, tokens: npt.NDArray[np.int64], *, last_only: bool = False) -> npt.NDArray[np.float32]:
+        """Logits of one chunk that follows the tokens before. Shapes: (B, C) -> (B, C, V), or (B, 1, V)."""
+        n_tokens = tokens.shape[1]
+        if self.fixed is not None:
+            tokens = np.pad(tokens, ((0, 0), (0, self.fixed - n_tokens)))
         (x,) = self.sessions["embed"].run(None, {"input_ids": tokens})
-        self.n_past += tokens.shape[1]
+        total = self.n_past + tokens.shape[1]  # rows of padding are written too, and overwritten by the next chunk
+        self.n_past += n_tokens
         fixed: dict[str, Any] = {
             "x": self._value(x),
-            "seqlens_k": self._value(np.full(self.batch, self.n_past - 1, np.int32)),
-            "total_sequence_length": self._value(np.array(self.n_past, np.int32)),
+            "seqlens_k": self._value(np.full(self.batch, total - 1, np.int32)),
+            "total_sequence_length": self._value(np.array(total, np.int32)),
         }
         for name in self.specs:
             if name.startswith("h."):
@@ -65,9 +76,10 @@ class LoopSteps:
             self._run_loop(loop_idx, fixed, exit_prob)
             states.append(fixed["x"].numpy().copy())
             exits.append(exit_prob.numpy().copy())
+        x = self._leaving(np.stack(states), np.stack(exits))
         logits: npt.NDArray[np.float32]
-        (logits,) = self.sessions["head"].run(None, {"x": self._leaving(np.stack(states), np.stack(exits))})
-        return logits
+        (logits,) = self.sessions["head"].run(None, {"x": x[:, -1:] if last_only else x})
+        return logits[:, :n_tokens]
 
     def _run_loop(self, loop_idx: int, fixed: dict[str, Any], exit_prob: Any) -> None:
         binding = self.sessions["loop"].io_binding()

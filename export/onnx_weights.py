@@ -92,7 +92,7 @@ class WeightsFile:
     def blocks(
         self, names: tuple[str, ...], fmt: BlockFormat, dtype: npt.DTypeLike
     ) -> tuple[StoredTensor, StoredTensor, StoredTensor | None]:
-        """Matrices one above the other, quantised. Shapes: [out, in] each -> data, scales, zero points of the format."""
+        """Matrices one above the other, quantised: data, scales, zero points of the format's shapes."""
         kind = np.dtype(dtype)
         n_in = self.source.tensors[names[0]].shape[1]
         n_out = sum(self.source.tensors[name].shape[0] for name in names)
@@ -128,12 +128,16 @@ class WeightsFile:
 
         return self._place(name, (), [("", kind, shape)], pieces)[0]
 
+    def tensors(self) -> list[StoredTensor]:
+        """Every placed tensor, in the order of the file."""
+        return [tensor for job in self._jobs.values() for tensor in job.tensors]
+
     def write(self, path: Path, progress: Progress | None) -> None:
         """Stream every placed tensor into a new file.
 
         Raises: FormatError if a value is NaN or Inf, or becomes so in the stored type.
         """
-        total = sum(tensor.nbytes for job in self._jobs.values() for tensor in job.tensors)
+        total = sum(tensor.nbytes for tensor in self.tensors())
         done = 0
         with path.open("wb") as stream:
             for job in self._jobs.values():

@@ -153,6 +153,35 @@ def export_onnx(
             help="With --layout genai, numbers of loops to write a decoder for. (default: 1,2,4 and the trained one)",
         ),
     ] = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            "--block-size",
+            metavar="N",
+            show_default=False,
+            help="Values that share a scale in int8 and int4: 16, 32, 64, 128 or 256. (default: 32)",
+        ),
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            show_default=False,
+            help="Whether blocks of int8 and int4 have no zero point of their own. (default: symmetric)",
+        ),
+    ] = None,
+    accuracy_level: Annotated[
+        int | None,
+        typer.Option(
+            "--accuracy-level",
+            metavar="N",
+            show_default=False,
+            help="How int8 and int4 products compute: 0 or 1 in float32, 4 with activations in int8. (default: 4)",
+        ),
+    ] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Also write graphs with no symbolic dimension, for NPU compilers.")
+    ] = False,
     portable: Annotated[
         bool, typer.Option("--portable", help="Use the operators of the ONNX standard alone (opset 24); slower.")
     ] = False,
@@ -177,7 +206,7 @@ def export_onnx(
     from melt_edge.export.genai import export_genai
     from melt_edge.export.onnx import export_onnx as write_onnx
 
-    own = _layout_options(layout, loops=loops, portable=portable)
+    own = _layout_options(layout, loops=loops, portable=portable, static=static)
     watch = Stopwatch()
     with _folder(checkpoint) as folder, progress_bar() as progress:
         report = (export_genai if layout == "genai" else write_onnx)(
@@ -187,6 +216,9 @@ def export_onnx(
             n_ctx=n_ctx,
             share_kv=share_kv,
             chunk_size=chunk_size,
+            block_size=block_size,
+            symmetric=symmetric,
+            accuracy_level=accuracy_level,
             verify=verify,
             force=force,
             progress=progress,
@@ -234,20 +266,19 @@ def quantize(
     _written(Path(written), watch)
 
 
-def _layout_options(layout: str, *, loops: str | None, portable: bool) -> dict[str, Any]:
+def _layout_options(layout: str, *, loops: str | None, portable: bool, static: bool) -> dict[str, Any]:
     """The options that one layout alone has. Raises: ConfigError for another layout's, or an unknown layout."""
     if layout == "loop-step":
         if loops is not None:
             raise ConfigError(
                 f"--loops is {loops!r} without --layout genai; the loop-step layout runs any number of loops"
             )
-        return {"portable": portable}
+        return {"portable": portable, "static": static}
     if layout != "genai":
         raise ConfigError(f"--layout is {layout!r}, expected loop-step or genai")
-    if portable:
-        raise ConfigError(
-            "--portable was given with --layout genai, whose attention is onnxruntime's own; drop one of them"
-        )
+    for option, given in (("--portable", portable), ("--static", static)):
+        if given:
+            raise ConfigError(f"{option} was given with --layout genai, which has no such graphs; drop one of them")
     if loops is None:
         return {}
     counts = [part.strip() for part in loops.split(",")]
