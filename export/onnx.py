@@ -135,7 +135,7 @@ def context_size(config: LoopConfig, n_ctx: int | None) -> int:
 def quantisation(
     precision: str, portable: bool, block_size: int | None, symmetric: bool | None, accuracy_level: int | None
 ) -> dict[str, Any]:
-    """Layout's fields for quantised matrices. Raises: ConfigError for what the precision or the operators do not have."""
+    """Layout's fields for quantised matrices. Raises: ConfigError for one that the precision does not have."""
     given = {"block_size": block_size, "symmetric": symmetric, "accuracy_level": accuracy_level}
     if precision not in ("int8", "int4"):
         asked = [key for key, value in given.items() if value is not None]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ ORT_VERSION = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]
 pytestmark = pytest.mark.skipif(
     ORT_VERSION < (1, 31), reason=f"onnxruntime {onnxruntime.__version__} cannot read a cache without writing it"
 )
+EXAMPLE = Path(__file__).parent.parent / "examples" / "genai" / "run.py"
 N_CTX = 128
 FUSED = [name for name, config in MODELS.items() if config.head_dim % 16 == 0]
 
@@ -218,3 +221,11 @@ def test_a_prompt_is_cut_as_the_folder_says(make_checkpoint, make_genai, gate: s
     assert found == expected
     ((_, other),) = greedy(load_model(make_checkpoint(config)), [prompt], end_tokens={2}, max_tokens=30, chunk_size=4)
     assert found != other  # another cut gives another text, so this test can fail
+
+
+def test_the_example_runs(tmp_path) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this Python")
+    folder = tmp_path / "genai"
+    export_genai(checkpoint_from_gguf(shipped_model_path(), tmp_path / "checkpoint"), folder, n_ctx=N_CTX, verify=False)
+    done = subprocess.run([sys.executable, EXAMPLE, folder, "24+18="], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "24+18=42.\n"), done.stderr
