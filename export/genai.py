@@ -91,11 +91,6 @@ def export_genai(
         keys = manifest(config, layout, graphs, {}, tokenizer.ids, sampling, provenance(source, sha256))
         keys["layout"] = "genai"
         write_manifest(folder, keys, None if progress is None else lambda done, total: progress(done, total, "hashing"))
-        if not config.shares_kv and layout.block_format is not None and max(configs) > 1:
-            report.notes.append(
-                "onnxruntime keeps quantised weights once for each loop in this layout of an Ouro; "
-                "a MELT, or the loop-step layout, has them once"
-            )
         from melt_edge.export.genai_verify import decoder_logits
 
         for n, each in configs.items():
