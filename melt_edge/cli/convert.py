@@ -59,6 +59,16 @@ Verify = Annotated[
 ]
 
 
+def _checked_type(name: str) -> str:
+    """Callback of TYPE. Raises: BadParameter, which is a wrong command line, for a type that cannot be made."""
+    from melt_edge.export.quantize import check_type
+
+    try:
+        return check_type(name)
+    except ConfigError as err:
+        raise typer.BadParameter(str(err)) from None
+
+
 @export_app.command("gguf")
 def export_gguf(
     checkpoint: CheckpointFolder,
@@ -66,7 +76,11 @@ def export_gguf(
     file_type: Annotated[
         str,
         typer.Option(
-            "--type", "-t", metavar="TYPE", help="f32, f16, bf16, q8_0, q4_0, or a K-quant: q4_k_m, q5_k_m, q6_k ..."
+            "--type",
+            "-t",
+            metavar="TYPE",
+            callback=_checked_type,
+            help="f32, f16, bf16, q8_0, q4_0, or a K-quant: q4_k_m, q5_k_m, q6_k ...",
         ),
     ] = "f16",
     share_kv: ShareKV = False,
@@ -100,7 +114,7 @@ def export_gguf(
         report = write_gguf(
             checkpoint,
             output,
-            type=file_type.lower(),
+            type=file_type,
             share_kv=share_kv,
             chunk_size=chunk_size,
             exit_gate=exit_gate,
@@ -236,7 +250,13 @@ def quantize(
     source: Annotated[Path, typer.Argument(metavar="IN", show_default=False, help="A GGUF file, f32, f16 or bf16.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The GGUF file to write.")],
     file_type: Annotated[
-        str, typer.Argument(metavar="TYPE", show_default=False, help="q8_0, q6_k, q5_k_m, q4_k_m, q4_0 ...")
+        str,
+        typer.Argument(
+            metavar="TYPE",
+            show_default=False,
+            callback=_checked_type,
+            help="q8_0, q6_k, q5_k_m, q4_k_m, q4_0 ...",
+        ),
     ],
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Also take a file that is quantised already; loses quality.")
@@ -258,7 +278,7 @@ def quantize(
         written = quantize_gguf(
             model_file(source),
             output,
-            file_type.lower(),
+            file_type,
             force=force,
             allow_requantize=allow_requantize,
             progress=progress,
