@@ -13,7 +13,7 @@ from melt_edge.runtime.library import import_llama_cpp, native_dir
 from melt_edge.runtime.machine import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("melt-edge", "llama-cpp-python", "gguf", "numpy")
+PACKAGES = ("melt-edge", "llama-cpp-python", "gguf", "numpy", "onnx", "onnxruntime")
 # The instruction sets that llama.cpp's CPU kernels are written for.
 _CPU_FLAGS = re.compile(r"avx|fma|f16c|amx|asimd|i8mm|sve")
 _COMPILER = re.compile(rb"GCC: \([^)\0]*\) [\d.]+|[Cc]lang version [\d.]+")

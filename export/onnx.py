@@ -104,6 +104,11 @@ def export_onnx(
         sizes = sorted({1, min(config.chunk_size, layout.n_ctx)}) if static else []
         of_fixed_shape = {size: build_graphs(config, layout.static(size), weights) for size in sizes}
         assert weights.used == set(source.tensors), "a tensor of the checkpoint is in no graph"
+        if layout.block_format is not None and graphs["embed"].nodes[0].op_type == "Gather":
+            report.notes.append(
+                f"rows of {config.hidden_size} values do not fill blocks of {layout.block_size}: the embedding "
+                f"stays {layout.activations.name}; a smaller block size would do"
+            )
         check_disk(folder, weights.nbytes)
         sha256 = source.scan(None if progress is None else lambda done, total: progress(done, total, "checking"))
         weights.write(folder / WEIGHTS_NAME, progress)

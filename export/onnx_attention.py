@@ -14,9 +14,6 @@ import numpy.typing as npt
 from melt_edge.export.onnx_builder import MICROSOFT, Value
 from melt_edge.export.onnx_ops import Ops
 
-# onnxruntime's fused operator rotates heads of these multiples only.
-_FUSED_HEAD_MULTIPLE = 16
-
 
 @dataclass
 class State:
@@ -50,7 +47,7 @@ def declare_state(ops: Ops, x: Value) -> State:
 
 def uses_fused_attention(ops: Ops) -> bool:
     """Whether GroupQueryAttention computes it."""
-    return not ops.layout.portable and ops.config.head_dim % _FUSED_HEAD_MULTIPLE == 0
+    return ops.fused_attention
 
 
 def attention(ops: Ops, q: Value, k: Value, v: Value, state: State, layer_idx: int, path: str) -> Value:

@@ -18,6 +18,8 @@ from melt_edge.export.onnx_quantize import BlockFormat
 from melt_edge.export.onnx_weights import WeightsFile
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+# onnxruntime's fused attention rotates heads of these multiples only.
+_FUSED_HEAD_MULTIPLE = 16
 _BITS = {"int8": 8, "int4": 4}
 
 
@@ -44,7 +46,7 @@ class Layout:
 
     @property
     def opset(self) -> int:
-        """The standard's version: the oldest that has every operator used."""
+        """The standard's version: the oldest that has every operator, but for attention without the fused one."""
         return 24 if self.portable else 23
 
     @property
@@ -64,7 +66,9 @@ class Ops:
     """Adds operators to a graph under names like the reference's."""
 
     def __init__(self, name: str, config: LoopConfig, layout: Layout, weights: WeightsFile) -> None:
-        self.graph = GraphBuilder(name, layout.opset)
+        # The standard's attention, which other heads need, is newer than the other operators.
+        self.fused_attention = not layout.portable and config.head_dim % _FUSED_HEAD_MULTIPLE == 0
+        self.graph = GraphBuilder(name, layout.opset if self.fused_attention else 24)
         self.config = config
         self.layout = layout
         self.weights = weights
@@ -155,6 +159,8 @@ class Ops:
         fmt = self.layout.block_format
         if fmt is None or self.config.hidden_size % fmt.block_size:
             return None
+        if not fmt.symmetric and fmt.bits == 4 and fmt.n_blocks(self.config.hidden_size) % 2:
+            return None  # onnxruntime 1.23 reads zero points wrongly where a row's last one has a byte of its own
         return fmt
 
     def add(self, a: Value, b: Value, path: str) -> Value:

@@ -36,8 +36,7 @@ class LoopSteps:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = n_threads
         self.sessions: dict[str, onnxruntime.InferenceSession] = {
-            name: onnxruntime.InferenceSession(folder / graph["file"], options, providers=["CPUExecutionProvider"])
-            for name, graph in graphs.items()
+            name: _session(folder / graph["file"], options) for name, graph in graphs.items()
         }
         self.loops = loops or self.manifest["num_loops"]
         self.n_layers: int = self.manifest["shapes"]["num_hidden_layers"]
@@ -109,6 +108,18 @@ class LoopSteps:
 
     def _value(self, array: npt.NDArray[Any]) -> Any:
         return self.ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as err:  # its exceptions have no common base
+        raise BackendUnavailableError(
+            f"onnxruntime {onnxruntime.__version__} does not load {path.name} ({str(err)[:200]}); "
+            "operators of opset 24 need a newer one"
+        ) from err
 
 
 def folder_logits(folder: Path, prompt: list[int], steps: list[int], chunk_size: int) -> npt.NDArray[np.float32]:

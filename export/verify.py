@@ -51,7 +51,9 @@ MAX_MEAN_KL = {
     "q3_k_s": 2.0,
     "q2_k": 3.0,
     # ONNX; activations and cache are float16 too
-    "fp16": 2e-3,
+    "fp16": 1e-3,
+    "int8": 0.1,
+    "int4": 4.0,
 }
 
 

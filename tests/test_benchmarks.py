@@ -83,3 +83,22 @@ def test_make_runs_the_benchmarks(target: str, option: str) -> None:
     command = ["make", "--dry-run", "--assume-old=.venv/.setup-done", target]
     lines = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
     assert any("benchmarks/decode_ratio.py" in line and option in line for line in lines), lines
+
+
+def test_onnx_speed_writes_numbers(tmp_path: Path) -> None:
+    """The script runs: both backends, and both sizes of the state."""
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(SCRIPT.parent / "onnx_speed.py"), "--tiny", "--json", str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=tmp_path)
+    result = json.loads(out.read_text())
+    assert set(result["ratio"]) == {"decode", "prefill"}
+    assert set(result["tokens_per_second"]["decode"]) == {"onnxruntime", "llama.cpp"}
+    assert set(result["room_decode_ms"]) == {"512", "16384"}
+    assert result["packages"]["onnxruntime"]
+
+
+def test_onnx_speed_tells_ratios_on_the_wrong_side(imported: Any) -> None:
+    script: ModuleType = imported("onnx_speed")
+    assert script.problems({"ratio": {"decode": 0.6, "prefill": 0.5}, "room_ratio": 1.1}) == []
+    found = script.problems({"ratio": {"decode": 0.5, "prefill": 0.4}, "room_ratio": 1.2})
+    assert [problem.split()[0] for problem in found] == ["decode", "prefill", "room"]

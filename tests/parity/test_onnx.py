@@ -6,15 +6,22 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
 
 from melt_edge.checkpoint import save_checkpoint
 from melt_edge.config import LoopConfig
 from melt_edge.export.onnx import export_onnx
+from melt_edge.export.onnx_quantize import BlockFormat, dequantize_rows, quantize_rows
 from melt_edge.export.onnx_verify import LoopSteps, folder_logits
-from parity.reference import distance, random_tokens, reference_logits, reference_model
-from parity.test_logits import LIMIT, MODELS, N_DECODE, N_TOKENS, WHOLE
-from tiny import tiny_config, tiny_tensors
+from parity.reference import distance, kl_divergence, random_tokens, reference_logits, reference_model
+from parity.test_logits import LIMIT, MODELS, N_DECODE, N_TOKENS, WHOLE, cases
+from tiny import tiny_checkpoint, tiny_config, tiny_tensors
+
+# onnxruntime 1.23, the last for Python 3.10, ends at opset 23.
+OPSET_24 = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 24)
+needs_opset_24 = pytest.mark.skipif(not OPSET_24, reason=f"onnxruntime {onnxruntime.__version__} has no opset 24")
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +52,7 @@ def test_logits_equal_the_reference(make_checkpoint, make_onnx, name: str, chunk
     assert distance(got, expected) < LIMIT
 
 
+@needs_opset_24
 @pytest.mark.parametrize("name", list(MODELS)[1::2])
 def test_the_standards_operators_compute_the_same(make_checkpoint, make_onnx, name: str) -> None:
     config = MODELS[name]
@@ -77,7 +85,7 @@ def batch_logits(folder, rows: list[list[int]], cuts: list[int]) -> np.ndarray:
     return np.concatenate([runner.chunk(tokens[:, a:b]) for a, b in itertools.pairwise(cuts)], axis=1)
 
 
-@pytest.mark.parametrize(("portable", "n_chunked"), [(False, 8), (True, 24)])
+@pytest.mark.parametrize(("portable", "n_chunked"), [(False, 8), pytest.param(True, 24, marks=needs_opset_24)])
 def test_sequences_of_a_batch_do_not_disturb_each_other(make_checkpoint, make_onnx, portable, n_chunked) -> None:
     """Two sequences of one length: chunk after chunk, then token by token."""
     config = tiny_config("melt")
@@ -95,3 +103,73 @@ def test_the_fused_attention_refuses_a_later_chunk_of_a_batch(make_onnx) -> None
     rows = [random_tokens(16, config.vocab_size, seed) for seed in (0, 1)]
     with pytest.raises(RuntimeError, match="batch_size must be 1"):
         batch_logits(make_onnx(config), rows, [0, 8, 16])
+
+
+@pytest.mark.parametrize("portable", [False, pytest.param(True, marks=needs_opset_24)])
+@pytest.mark.parametrize("name", list(MODELS)[2::4])
+def test_graphs_of_fixed_shapes_compute_the_same(make_checkpoint, make_onnx, name: str, portable: bool) -> None:
+    """Chunks of 8, the last one padded, then one token at a time on the same state."""
+    config = MODELS[name]
+    tokens = random_tokens(N_TOKENS, config.vocab_size)
+    n_prompt = N_TOKENS - N_DECODE - 3  # 21: the last chunk has 5 tokens
+    folder = make_onnx(config, portable=portable, static=True)
+    size = 8 if config.shares_kv else 64  # Ouro has no chunks: as many as the state has room for
+    chunks, steps = LoopSteps(folder, fixed=size), LoopSteps(folder, fixed=1)
+    got = [chunks.chunk(np.array([tokens[a : min(a + size, n_prompt)]])) for a in range(0, n_prompt, size)]
+    steps.slots, steps.n_past = chunks.slots, chunks.n_past
+    got += [steps.chunk(np.array([[token]])) for token in tokens[n_prompt:]]
+    expected = reference_logits(reference_model(make_checkpoint(config)), tokens, 8, N_TOKENS - n_prompt)
+    assert distance(np.concatenate(got, axis=1)[0], expected) < LIMIT
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+def test_logits_equal_the_reference_for_any_shape(tmp_path_factory, case) -> None:
+    """The same, over the space of shapes: heads that the fused operator does not take, too."""
+    config, n_prompt, n_decode, seed, portable = case
+    assume(OPSET_24 or (not portable and config.head_dim % 16 == 0))
+    folder = tmp_path_factory.mktemp("case")
+    checkpoint = tiny_checkpoint(folder / "checkpoint", config, seed)
+    export_onnx(checkpoint, folder / "onnx", n_ctx=64, portable=bool(portable), verify=False)
+    tokens = random_tokens(n_prompt + n_decode, config.vocab_size, seed)
+    expected = reference_logits(reference_model(checkpoint), tokens, config.chunk_size, n_decode)
+    got = folder_logits(folder / "onnx", tokens[:n_prompt], tokens[n_prompt:], config.chunk_size)
+    if config.early_exit_threshold == 1.0:
+        assert distance(got, expected) < LIMIT
+    else:  # a token whose sum of exit probabilities lies on the threshold may leave one loop apart
+        assert np.median(np.abs(got - expected).max(axis=1) / expected.std()) < LIMIT
+
+
+# Mean KL divergence from float32 in nats, see the limits of test_logits.py.
+KL_LIMITS = {"fp16": 1e-3, "int8": 0.1, "int4": 3.0}
+
+
+@pytest.mark.parametrize("precision", KL_LIMITS)
+@pytest.mark.parametrize("model_type", ["ouro", "melt"])
+def test_smaller_precisions_stay_close(make_onnx, model_type: str, precision: str) -> None:
+    """The stated bound on what a precision costs, and that it costs something."""
+    config = tiny_config(model_type)
+    tokens = random_tokens(48, config.vocab_size)
+    expected, got = (folder_logits(make_onnx(config, precision=p), tokens, [], 8) for p in ("fp32", precision))
+    assert 0 < kl_divergence(got, expected) < KL_LIMITS[precision]
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantised_graphs_compute_with_the_quantised_values(
+    make_onnx, tmp_path, precision, symmetric, block_size
+) -> None:
+    """Against the reference with each matrix rounded as the file has it: exact but for float32."""
+    config = tiny_config("melt", tied=True)
+    fmt = BlockFormat(8 if precision == "int8" else 4, block_size, symmetric)
+    rounded = {
+        name: dequantize_rows(quantize_rows(tensor, fmt), fmt, tensor.shape[1])
+        if tensor.ndim == 2 and "early_exit" not in name
+        else tensor
+        for name, tensor in tiny_tensors(config).items()
+    }
+    tokens = random_tokens(N_TOKENS, config.vocab_size)
+    folder = make_onnx(config, precision=precision, block_size=block_size, symmetric=symmetric, accuracy_level=0)
+    expected = reference_logits(reference_model(save_checkpoint(tmp_path / "rounded", config, rounded)), tokens, 8)
+    assert distance(folder_logits(folder, tokens, [], 8), expected) < LIMIT
