@@ -7,6 +7,7 @@ the chunk's own rows of this loop. Each gives its scores, and their log-sum-exp 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -107,7 +108,13 @@ def read_apart(
     batch, chunk, width = q.shape
     n_head, n_head_kv, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     tables = rotary_tables(ops)
-    kind = {"domain": MICROSOFT, "num_heads": n_head, "kv_num_heads": n_head_kv, "do_rotary": 1, "qk_output": 1}
+    kind: dict[str, Any] = {
+        "domain": MICROSOFT,
+        "num_heads": n_head,
+        "kv_num_heads": n_head_kv,
+        "do_rotary": 1,
+        "qk_output": 1,
+    }
     none = ops.int64("slice.none", 0)
     no_row = graph.op(f"{path}/no_row", "Slice", [k, none, none, ops.int64("axis1", 1)], (batch, 0, k.shape[2]))
     cached, scores = graph.node(

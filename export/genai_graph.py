@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from melt_edge.config import LoopConfig
 from melt_edge.errors import ConfigError
 from melt_edge.export.genai_attention import Lengths, count_tokens, plan_reading, read_apart, row_count
-from melt_edge.export.onnx_attention import State, attention, uses_fused_attention
+from melt_edge.export.onnx_attention import State, attention
 from melt_edge.export.onnx_builder import GraphBuilder, Value
 from melt_edge.export.onnx_graph import decoder_layer, exit_gate
 from melt_edge.export.onnx_ops import Layout, Ops
@@ -43,7 +43,7 @@ def genai_graph(config: LoopConfig, layout: GenaiLayout, weights: WeightsFile) -
     Raises: ConfigError for a head size that onnxruntime's fused attention does not take.
     """
     ops = Ops("decoder", config, layout, weights)
-    if not uses_fused_attention(ops):
+    if not ops.fused_attention:
         raise ConfigError(
             f"head_dim is {config.head_dim}, expected a multiple of 16 for the layout genai, whose attention takes no "
             "other; export the loop-step layout"
@@ -144,7 +144,7 @@ def loop_body(ops: Ops, started: list[Value], past: list[Slot], lengths: Lengths
     x = inner.rms_norm(x, "model.norm.weight", "/loop/norm")  # the final norm closes EVERY loop
     leaving = leave(inner, x, leaving, "/loop")
     for index, row in enumerate(rows):
-        body.input(f"rows.{index}", ops.float, (None, row.shape[1], None, row.shape[3]))
+        body.input(f"rows.{index}", ops.float, ("kept_batch", row.shape[1], "kept_chunk", row.shape[3]))
     body.output(body.op("/loop/go_on", "Identity", [go_on], ()), x, *latents, *leaving, *rows)
     return body, rows
 

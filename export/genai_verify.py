@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from melt_edge.config import LoopConfig
 from melt_edge.errors import BackendUnavailableError
-
-if TYPE_CHECKING:
-    import onnxruntime
+from melt_edge.export.onnx_verify import open_session
 
 
 class Decoder:
@@ -25,9 +22,7 @@ class Decoder:
             raise BackendUnavailableError("comparing needs onnxruntime; install melt-edge[onnx]") from err
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = n_threads
-        self.session: onnxruntime.InferenceSession = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
+        self.session = open_session(path, options)
         self.n_past = 0
         kind = np.float16 if self.session.get_inputs()[2].type == "tensor(float16)" else np.float32
         shape = (batch, config.num_key_value_heads, rows, config.head_dim)
