@@ -13,7 +13,7 @@ SETUP_INPUTS := pyproject.toml constraints.txt CMakeLists.txt cpp/CMakeLists.txt
 PIP          := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST       := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-upstream test-fast bench bench-check lint format tools upstream-tests wheel clean
+.PHONY: help setup web demo test test-upstream test-fast bench bench-check lint format tools upstream-tests wheel clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,11 @@ $(STAMP): $(SETUP_INPUTS)
 	@$(PIP) install -q --no-build-isolation -c constraints.txt \
 	    --config-settings=build-dir=build -e '.[all]'
 	@touch $@
+
+web: setup ## prepare examples/web: npm packages and the shipped model in ONNX; needs Node 20
+	cd examples/web && npm ci --ignore-scripts --no-fund --no-audit && node vendor.mjs
+	$(BIN)/melt-edge export onnx ouro-tiny examples/web/model --share-kv --n-ctx 512 --force
+	@echo "Next: $(BIN)/python -m http.server -d examples/web, and open http://localhost:8000"
 
 demo: setup ## ask the shipped model a few questions, with and without the shared cache
 	@$(BIN)/melt-edge demo

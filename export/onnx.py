@@ -6,10 +6,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from melt_edge.checkpoint import Checkpoint
 from melt_edge.config import LoopConfig
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from melt_edge.export.onnx_ops import Layout
 
 DEFAULT_N_CTX = 4096
+# prompt, one-token steps, chunk size -> logits (n, V)
+ChunkedLogits = Callable[[list[int], list[int], int], npt.NDArray[np.float32]]
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = (0, 1, 4)
@@ -85,10 +91,10 @@ def export_onnx(
     out = Path(out)
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    quantised = _quantisation(precision, portable, block_size, symmetric, accuracy_level)
+    quantised = quantisation(precision, portable, block_size, symmetric, accuracy_level)
     with Checkpoint.open(checkpoint) as source, atomic_folder(out, force=force) as folder:
         config = target_config(source.config, share_kv=share_kv, chunk_size=chunk_size)
-        layout = Layout(precision, _context(config, n_ctx), portable, **quantised)
+        layout = Layout(precision, context_size(config, n_ctx), portable, **quantised)
         tokenizer = read_tokenizer(source)
         state_bytes = int(config.kv_bytes_per_token(layout.activations.itemsize)) * layout.n_ctx
         report = OnnxReport(out, precision, 0, layout.n_ctx, state_bytes, [*source.notes, *tokenizer.notes])
@@ -111,17 +117,18 @@ def export_onnx(
         for size, of_size in of_fixed_shape.items():
             for name, graph in of_size.items():
                 write_graph(folder / graph_file(name, size), graph)
-        _write_tokenizer(folder, source, config, tokenizer)
+        write_tokenizer(folder, source, config, tokenizer)
         keys = manifest(config, layout, graphs, of_fixed_shape, tokenizer.ids, sampling, provenance(source, sha256))
         write_manifest(folder, keys, None if progress is None else lambda done, total: progress(done, total, "hashing"))
-        n_params = sum(math.prod(spec.shape) for spec in tensor_specs(config).values())
-        if verify or (verify is None and n_params < VERIFY_BELOW_PARAMS):
-            _verify(source, config, layout, folder, report, asked=verify is True)
+        from melt_edge.export.onnx_verify import folder_logits
+
+        verify_graphs(source, config, layout, report, partial(folder_logits, folder), asked=verify)
         report.bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return report
 
 
-def _context(config: LoopConfig, n_ctx: int | None) -> int:
+def context_size(config: LoopConfig, n_ctx: int | None) -> int:
+    """Rows of the K/V state. Raises: ConfigError for more than the model's context."""
     most = config.max_position_embeddings
     if n_ctx is None:
         return min(most, DEFAULT_N_CTX)
@@ -130,10 +137,10 @@ def _context(config: LoopConfig, n_ctx: int | None) -> int:
     return n_ctx
 
 
-def _quantisation(
+def quantisation(
     precision: str, portable: bool, block_size: int | None, symmetric: bool | None, accuracy_level: int | None
 ) -> dict[str, Any]:
-    """Layout's fields for quantised matrices, checked."""
+    """Layout's fields for quantised matrices. Raises: ConfigError for one that the precision does not have."""
     given = {"block_size": block_size, "symmetric": symmetric, "accuracy_level": accuracy_level}
     if precision not in ("int8", "int4"):
         asked = [key for key, value in given.items() if value is not None]
@@ -160,17 +167,17 @@ def write_graph(path: Path, graph: GraphBuilder) -> None:
     onnx.checker.check_model(path, full_check=True)
 
 
-def _write_tokenizer(folder: Path, source: Checkpoint, config: LoopConfig, tokenizer: CheckpointTokenizer) -> None:
-    """The checkpoint's tokenizer files, special tokens put right, and the vocabulary as llama.cpp reads it."""
+def write_tokenizer(folder: Path, source: Checkpoint, config: LoopConfig, tokenizer: CheckpointTokenizer) -> None:
+    """Write the checkpoint's tokenizer files, special tokens put right, and the vocabulary as llama.cpp reads it."""
     assert source.tokenizer_path is not None
     shutil.copyfile(source.tokenizer_path, folder / "tokenizer.json")
     ids, tokens = tokenizer.ids, tokenizer.vocabulary.tokens
     roles = {role: value for role, value in (("bos", ids.bos), ("eos", ids.eos), ("pad", ids.pad)) if value is not None}
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {**source.tokenizer_config, **{f"{role}_token": tokens[value] for role, value in roles.items()}},
     )
-    _write_json(
+    write_json(
         folder / "generation_config.json",
         {**source.generation_config, **{f"{role}_token_id": value for role, value in roles.items()}},
     )
@@ -179,22 +186,33 @@ def _write_tokenizer(folder: Path, source: Checkpoint, config: LoopConfig, token
     write_vocabulary(folder / "tokenizer.gguf", config, tokenizer)
 
 
-def _write_json(path: Path, keys: dict[str, Any]) -> None:
+def write_json(path: Path, keys: dict[str, Any]) -> None:
+    """Write an object as readable JSON."""
     path.write_text(json.dumps(keys, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _verify(
-    source: Checkpoint, config: LoopConfig, layout: Layout, folder: Path, report: OnnxReport, *, asked: bool
-) -> None:
-    from melt_edge.export.onnx_verify import folder_logits
+def verify_graphs(
+    source: Checkpoint,
+    config: LoopConfig,
+    layout: Layout,
+    report: OnnxReport,
+    logits: ChunkedLogits,
+    *,
+    asked: bool | None,
+) -> bool:
+    """Compare written graphs with the reference; asked: None does so for small models alone. Returns whether it did."""
+    n_params = sum(math.prod(spec.shape) for spec in tensor_specs(config).values())
+    if asked is False or (asked is None and n_params >= VERIFY_BELOW_PARAMS):
+        return False
     from melt_edge.export.verify import verify_logits
 
     chunk_size = min(config.chunk_size, layout.n_ctx) if config.shares_kv else layout.n_ctx
     try:
-        verify_logits(source, config, layout.precision, partial(folder_logits, folder, chunk_size=chunk_size))
+        verify_logits(source, config, layout.precision, lambda prompt, steps: logits(prompt, steps, chunk_size))
     except BackendUnavailableError as err:
         if asked:
             raise
         report.notes.append(f"not compared with the reference: {err}")
-        return
+        return False
     report.verified = True
+    return True

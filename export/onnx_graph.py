@@ -63,7 +63,7 @@ def loop_graph(ops: Ops) -> GraphBuilder:
 
     graph.output(x, *new_latents)
     graph.output(*(value for pair in state.present for value in pair))
-    graph.output(exit_gate(ops, x))
+    graph.output(exit_gate(ops, x, "/loop/exit_gate", output="exit_prob"))
     return graph
 
 
@@ -113,14 +113,13 @@ def mlp(ops: Ops, x: Value, at: str, path: str) -> Value:
     )
 
 
-def exit_gate(ops: Ops, x: Value) -> Value:
+def exit_gate(ops: Ops, x: Value, path: str, *, output: str | None = None) -> Value:
     """The probability to leave after this loop, in float32. Shapes: (B, C, D) -> (B, C)."""
-    path = "/loop/exit_gate"
     logit = ops.linear(x, "model.early_exit_gate.weight", path, bias="model.early_exit_gate.bias")
     if logit.dtype != np.float32:
         logit = ops.cast(logit, np.float32, path)
     prob = ops.sigmoid(logit, path)
-    return ops.graph.op(path, "Squeeze", [prob, ops.int64("axis2", 2)], x.shape[:2], output="exit_prob")
+    return ops.graph.op(path, "Squeeze", [prob, ops.int64("axis2", 2)], x.shape[:2], output=output)
 
 
 def head_graph(ops: Ops) -> GraphBuilder:

@@ -55,7 +55,7 @@ def manifest(
         "precision": layout.precision,
         "quantisation": _quantisation(layout),
         "dtypes": {"activations": float_name, "kv": float_name},
-        "opset": graphs["loop"].opset,
+        "opset": max(graph.opset for graph in graphs.values()),
         "portable": layout.portable,
         "versions": {"melt_edge": __version__, "onnx": onnx.__version__},
         "bos_token_id": ids.bos,

@@ -36,7 +36,7 @@ class LoopSteps:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = n_threads
         self.sessions: dict[str, onnxruntime.InferenceSession] = {
-            name: _session(folder / graph["file"], options) for name, graph in graphs.items()
+            name: open_session(folder / graph["file"], options) for name, graph in graphs.items()
         }
         self.loops = loops or self.manifest["num_loops"]
         self.n_layers: int = self.manifest["shapes"]["num_hidden_layers"]
@@ -110,7 +110,8 @@ class LoopSteps:
         return self.ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
 
-def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def open_session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """A session on the CPU. Raises: BackendUnavailableError if this onnxruntime does not know the graph's operators."""
     import onnxruntime
 
     try:

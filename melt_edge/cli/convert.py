@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -154,6 +154,19 @@ def export_onnx(
     ] = None,
     share_kv: ShareKV = False,
     chunk_size: TrainedChunk = None,
+    layout: Annotated[
+        str,
+        typer.Option("--layout", metavar="NAME", help="loop-step, or genai: whole decoders for onnxruntime-genai."),
+    ] = "loop-step",
+    loops: Annotated[
+        str | None,
+        typer.Option(
+            "--loops",
+            metavar="LIST",
+            show_default=False,
+            help="With --layout genai, numbers of loops to write a decoder for. (default: 1,2,4 and the trained one)",
+        ),
+    ] = None,
     block_size: Annotated[
         int | None,
         typer.Option(
@@ -202,12 +215,15 @@ def export_onnx(
       melt-edge export onnx Ouro-1.4B-Thinking ouro-onnx --precision int4
       melt-edge export onnx my-melt melt-onnx --precision fp16 --n-ctx 8192
       melt-edge export onnx ouro-tiny tiny-onnx --share-kv --n-ctx 512
+      melt-edge export onnx my-melt melt-genai --layout genai --loops 1,2,4
     """
+    from melt_edge.export.genai import export_genai
     from melt_edge.export.onnx import export_onnx as write_onnx
 
+    own = _layout_options(layout, loops=loops, portable=portable, static=static)
     watch = Stopwatch()
     with _folder(checkpoint) as folder, progress_bar() as progress:
-        report = write_onnx(
+        report = (export_genai if layout == "genai" else write_onnx)(
             folder,
             output,
             precision=precision.lower(),
@@ -217,11 +233,10 @@ def export_onnx(
             block_size=block_size,
             symmetric=symmetric,
             accuracy_level=accuracy_level,
-            static=static,
-            portable=portable,
             verify=verify,
             force=force,
             progress=progress,
+            **own,
         )
     out().print(
         f"[bold green]wrote[/] [bold]{escape(safe(str(report.path)))}[/] in {watch.seconds:.1f} s", soft_wrap=True
@@ -269,6 +284,27 @@ def quantize(
             progress=progress,
         )
     _written(Path(written), watch)
+
+
+def _layout_options(layout: str, *, loops: str | None, portable: bool, static: bool) -> dict[str, Any]:
+    """The options that one layout alone has. Raises: ConfigError for another layout's, or an unknown layout."""
+    if layout == "loop-step":
+        if loops is not None:
+            raise ConfigError(
+                f"--loops is {loops!r} without --layout genai; the loop-step layout runs any number of loops"
+            )
+        return {"portable": portable, "static": static}
+    if layout != "genai":
+        raise ConfigError(f"--layout is {layout!r}, expected loop-step or genai")
+    for option, given in (("--portable", portable), ("--static", static)):
+        if given:
+            raise ConfigError(f"{option} was given with --layout genai, which has no such graphs; drop one of them")
+    if loops is None:
+        return {}
+    counts = [part.strip() for part in loops.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in counts):
+        raise ConfigError(f"--loops is {loops!r}, expected numbers with commas between them, such as 1,2,4")
+    return {"loops": [int(part) for part in counts]}
 
 
 @contextmanager

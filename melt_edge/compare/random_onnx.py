@@ -27,7 +27,7 @@ def write_random_onnx(folder: Path, config: LoopConfig, layout: Layout) -> None:
 
     Quantised blocks are drawn as they are stored, which takes seconds for 1.6 B parameters.
     """
-    weights = _RandomWeights(config, layout)
+    weights = RandomWeights(config, layout)
     graphs = build_graphs(config, layout, weights)
     weights.write(folder / WEIGHTS_NAME, None)
     for name, graph in graphs.items():
@@ -36,8 +36,8 @@ def write_random_onnx(folder: Path, config: LoopConfig, layout: Layout) -> None:
     write_manifest(folder, keys, None)
 
 
-class _RandomWeights(WeightsFile):
-    """Fills the tensors that the graphs placed with noise of a length that keeps states near 1."""
+class RandomWeights(WeightsFile):
+    """Fills the tensors that graphs placed with noise of a length that keeps states near 1."""
 
     def __init__(self, config: LoopConfig, layout: Layout) -> None:
         nowhere = Path("random")
