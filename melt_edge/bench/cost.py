@@ -72,10 +72,8 @@ def _file_bytes(file: GGUFInfo, config: LoopConfig) -> tuple[int, int, int]:
 
 def _folder_bytes(folder: OnnxFolder, config: LoopConfig) -> tuple[int, int, int]:
     """Layers, gates, head of all loops; the loop's graph computes everything in every loop."""
-    sizes = {
-        graph: {weight.name: weight.length for weight in folder.graphs[graph].weights} for graph in ("loop", "head")
-    }
-    loop = {name: size for name, size in sizes["loop"].items() if not name.startswith("rotary.")}
+    loop = {w.name: w.length for w in folder.graphs["loop"].weights if not w.name.startswith("rotary.")}
+    head = sum(weight.length for weight in folder.graphs["head"].weights)
     gates = sum(size for name, size in loop.items() if "kv_gate" in name)
     return config.num_loops * (sum(loop.values()) - gates), config.num_loops * gates, head
 
