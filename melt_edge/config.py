@@ -207,18 +207,12 @@ def _fields_from_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"key {key!r} is missing")
         fields[key] = keys[key]
     fields["num_loops"] = fields.pop("total_ut_steps")
-    # Newer Hugging Face files write dtype for torch_dtype, and rope_parameters around rope_theta.
-    rope = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-    _require(isinstance(rope, Mapping), "rope_scaling", rope, "null or an object")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    _require(rope_type == "default", "rope_scaling", rope_type, "no rope scaling")
-    if "rope_theta" in rope:
-        fields["rope_theta"] = rope["rope_theta"]
+    fields["rope_theta"] = _rope_theta(keys)
+    # Newer Hugging Face files write dtype for torch_dtype.
     if keys.get("dtype") is not None:
         fields["torch_dtype"] = keys["dtype"]
     for key in (
         "rms_norm_eps",
-        "rope_theta",
         "max_position_embeddings",
         "tie_word_embeddings",
         "early_exit_threshold",
@@ -246,7 +240,27 @@ def _fields_from_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
                 fields[key] = keys[key]
     sliding = keys.get("use_sliding_window", False)
     _require(not sliding, "use_sliding_window", sliding, "false (full attention)")
+    layer_types = keys.get("layer_types") or ["full_attention"]
+    full = isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
+    _require(full, "layer_types", layer_types, "full_attention in every layer")
     return fields
+
+
+def _rope_theta(keys: Mapping[str, Any]) -> Any:
+    """The base of the rotary angles; newer Hugging Face files have it in rope_parameters."""
+    theta, share = keys.get("rope_theta"), keys.get("partial_rotary_factor")
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = keys.get(name) or {}
+        _require(isinstance(rope, Mapping), name, rope, "null or an object")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        _require(kind == "default", name, kind, "no rope scaling")
+        theta = rope.get("rope_theta", theta)
+        share = rope.get("partial_rotary_factor", share)
+    _require(share in (None, 1), "partial_rotary_factor", share, "1 (the whole head)")
+    # No default: Hugging Face's is 10 000, the released checkpoints' is a million.
+    if theta is None:
+        raise ConfigError("key 'rope_theta' is missing")
+    return theta
 
 
 def _require(ok: bool, key: str, found: object, expected: str) -> None:

@@ -14,13 +14,14 @@ those cuts, so a continued conversation equals a fresh one exactly only with chu
 
 from __future__ import annotations
 
+import inspect
 import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 
@@ -31,6 +32,20 @@ from melt_edge.runtime.sampling import MAX_SEED, file_defaults, grammar_text, wi
 from melt_edge.runtime.text import checked_path, checked_stop, shown
 
 Prompt = str | Sequence[int]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _with_arguments_of(stream: Callable[_P, TextStream]) -> Callable[[Callable[..., _R]], Callable[_P, _R]]:
+    """Makes a method that passes all its options on show those of the method it passes them to."""
+
+    def decorate(method: Callable[..., _R]) -> Callable[_P, _R]:
+        result = inspect.signature(method).return_annotation
+        signature = inspect.signature(stream).replace(return_annotation=result)
+        method.__signature__ = signature  # type: ignore[attr-defined]
+        return cast(Callable[_P, _R], method)
+
+    return decorate
 
 
 class Model:
@@ -50,10 +65,6 @@ class Model:
         self._defaults = file_defaults(backend.metadata, source=str(backend.info.path))
 
     # -- text
-
-    def generate(self, prompt: Prompt, **options: Any) -> Completion:
-        """The completion of a prompt; takes every option of ``stream``."""
-        return self.stream(prompt, **options).result()
 
     def stream(
         self,
@@ -103,9 +114,10 @@ class Model:
                 },
             )
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Completion:
-        """The assistant's next message; takes every option of ``chat_stream``."""
-        return self.chat_stream(messages, **options).result()
+    @_with_arguments_of(stream)
+    def generate(self, prompt: Prompt, **options: Any) -> Completion:
+        """The completion of a prompt; takes every option of ``stream``."""
+        return self.stream(prompt, **options).result()
 
     def chat_stream(
         self,
@@ -153,6 +165,11 @@ class Model:
                     "seed": seed,
                 },
             )
+
+    @_with_arguments_of(chat_stream)
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Completion:
+        """The assistant's next message; takes every option of ``chat_stream``."""
+        return self.chat_stream(messages, **options).result()
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """The text the file's chat template makes of these messages. Raises: as ``chat_stream``."""

@@ -33,11 +33,11 @@ _FILE_KEYS = {
 }
 # parameter -> (lowest, highest, whole number)
 _RANGES = {
-    "temperature": (0.0, 100.0, False),
+    "temperature": (0, 100, False),
     "top_k": (0, 2**31 - 1, True),
-    "top_p": (0.0, 1.0, False),
-    "min_p": (0.0, 1.0, False),
-    "repeat_penalty": (0.01, 100.0, False),
+    "top_p": (0, 1, False),
+    "min_p": (0, 1, False),
+    "repeat_penalty": (0.01, 100, False),
     "repeat_last_n": (0, 2**16, True),
     "seed": (0, MAX_SEED, True),
 }
@@ -224,6 +224,6 @@ def _with(params: SamplingParams, name: str, value: Any, what: str) -> SamplingP
     ok = isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
     if not ok:
         kind = "a whole number" if whole else "a number"
-        raise ConfigError(f"{what} is {shown(value)}, expected {kind} from {low:g} to {high:g}")
+        raise ConfigError(f"{what} is {shown(value)}, expected {kind} from {low} to {high}")
     checked: dict[str, Any] = {name: value if whole else float(value)}
     return replace(params, **checked)

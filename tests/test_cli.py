@@ -100,6 +100,9 @@ def test_the_command_line_imports_nothing_heavy() -> None:
         (["rnu"], "no such command"),
         (["run", "m.gguf", "--foo"], "--foo"),
         (["run", "m.gguf", "-p", "x", "--loops", "65"], "--loops"),
+        (["run", "m.gguf", "-p", "x", "--kv-type", "q9"], "'q9' is none of f32, f16, q8_0, q4_0"),
+        (["kl", "m.gguf", "n.gguf", "t.txt", "--base-kv-type", "q9"], "'q9' is none of f32, f16, q8_0, q4_0"),
+        (["quantize", "m.gguf", "n.gguf", "q4_k_l"], "did you mean q4_k_s"),
         (["run", "m.gguf", "-p", "x", "--file", "y"], "not both"),
         (["run", "m.gguf", "-p", "x", "--load-state", "s", "--system", "y"], "--system cannot go with --load-state"),
         (["export", "gguf", "a", "b", "--chunk-size", "0"], "--chunk-size"),
@@ -168,7 +171,7 @@ def test_export_never_overwrites_without_force(melt_checkpoint: Path, tmp_path: 
 
 def test_export_unknown_type(melt_checkpoint: Path, tmp_path: Path) -> None:
     result = cli("export", "gguf", melt_checkpoint, tmp_path / "x.gguf", "--type", "q9_9")
-    assert_one_line_error(result, 1, "q9_9", "q8_0")
+    assert_one_line_error(result, 2, "q9_9", "q8_0")
 
 
 def test_inspect_json_of_a_file(melt_file: Path) -> None:
@@ -286,6 +289,32 @@ def test_ctrl_c_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, melt_file: Pat
     result = CliRunner().invoke(app, ["inspect", str(melt_file)])
     assert result.exit_code == 130
     assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_while_the_command_line_is_imported_shows_no_traceback() -> None:
+    """The imports take a third of a second, in which Ctrl-C ended in a traceback through typer."""
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from melt_edge.__main__ import main\n"
+        "main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tempfile.gettempdir())
+    assert (result.returncode, result.stderr) == (130, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk_behind_standard_output_is_one_line(melt_file: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "melt_edge", "inspect", str(melt_file)]
+        result = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tempfile.gettempdir(), check=False
+        )
+    assert result.returncode == 1
+    assert result.stderr == "error: No space left on device\n"
 
 
 def test_share_kv_of_a_file_is_the_export_with_share_kv(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

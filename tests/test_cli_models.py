@@ -120,7 +120,6 @@ def test_run_continues_a_saved_state(ouro_gguf: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--kv-type", "q9"], "kv_type"),
         (["-c", "4"], "context"),
         (["--raw", "--system", "x"], "--raw"),
         (["--grammar", "/nowhere"], "/nowhere"),

@@ -104,6 +104,8 @@ def test_slots_grow_with_the_loops_of_ouro_alone() -> None:
         ("tie_word_embeddings", 1),
         ("eos_token_id", 49152),
         ("use_sliding_window", True),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("partial_rotary_factor", 0.5),
     ],
 )
 def test_unsupported_value_names_file_key_and_value(key: str, value: object) -> None:
@@ -115,7 +117,18 @@ def test_unsupported_value_names_file_key_and_value(key: str, value: object) -> 
     assert "expected" in message
 
 
-@pytest.mark.parametrize("key", ["model_type", "hidden_size", "vocab_size", "total_ut_steps"])
+def test_each_spelling_of_rope_scaling_is_refused() -> None:
+    """A yarn in rope_scaling went unseen behind rope_parameters, and half-rotary heads ran as whole ones."""
+    plain = {"rope_type": "default", "rope_theta": 5e5}
+    for keys in (
+        {"rope_parameters": plain, "rope_scaling": {"rope_type": "yarn", "factor": 4}},
+        {"rope_parameters": {**plain, "partial_rotary_factor": 0.5}},
+    ):
+        with pytest.raises(ConfigError, match="expected"):
+            LoopConfig.from_dict({**OURO_1_4B, **keys})
+
+
+@pytest.mark.parametrize("key", ["model_type", "hidden_size", "vocab_size", "total_ut_steps", "rope_theta"])
 def test_missing_key_is_named(key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         LoopConfig.from_dict({k: v for k, v in OURO_1_4B.items() if k != key})

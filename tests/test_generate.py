@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import multiprocessing.spawn
@@ -83,6 +84,15 @@ def test_incomplete_character_at_the_end_becomes_a_replacement() -> None:
 def test_stop_that_is_no_text_is_refused(stop: object) -> None:
     with pytest.raises(ConfigError, match="stop has"):
         checked_stop(stop)  # type: ignore[arg-type]
+
+
+def test_every_option_can_be_seen_and_is_the_streams() -> None:
+    """An editor and inspect showed ``**options`` where a reader wants max_tokens, temperature, ..."""
+    for whole, stream in ((Model.generate, Model.stream), (Model.chat, Model.chat_stream)):
+        shown, its = inspect.signature(whole), inspect.signature(stream)
+        assert list(shown.parameters.values()) == list(its.parameters.values())
+        assert shown.return_annotation == "Completion"
+    assert {"max_tokens", "temperature", "stop", "seed", "grammar", "json_schema"} <= set(shown.parameters)
 
 
 def test_same_seed_same_text_and_other_seed_other_text(model: Model) -> None:

@@ -66,5 +66,5 @@ app.command("compare")(compare.compare)
 
 
 def main() -> None:
-    """Entry point of the script `melt-edge`."""
+    """Run the process's command line and exit."""
     app(prog_name="melt-edge")

@@ -13,7 +13,7 @@ from rich.markup import escape
 from melt_edge.cli.console import Stopwatch, human_bytes, note, out, progress_bar, row, safe
 from melt_edge.cli.describe import describe_gguf
 from melt_edge.cli.options import Debug, Force, model_file
-from melt_edge.errors import FormatError
+from melt_edge.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from melt_edge.export.gguf import ExportReport
@@ -59,6 +59,25 @@ Verify = Annotated[
 ]
 
 
+def _checked_type(name: str) -> str:
+    """Callback of TYPE. Raises: BadParameter, which is a wrong command line, for a type that cannot be made."""
+    from melt_edge.export.quantize import check_type
+
+    try:
+        return check_type(name)
+    except ConfigError as err:
+        raise typer.BadParameter(str(err)) from None
+
+
+def _checked_precision(name: str) -> str:
+    """Callback of PRECISION. Raises: BadParameter for one that there is not."""
+    from melt_edge.export.onnx import PRECISIONS
+
+    if name.lower() not in PRECISIONS:
+        raise typer.BadParameter(f"precision is {name!r}, expected one of {', '.join(PRECISIONS)}")
+    return name.lower()
+
+
 @export_app.command("gguf")
 def export_gguf(
     checkpoint: CheckpointFolder,
@@ -66,7 +85,11 @@ def export_gguf(
     file_type: Annotated[
         str,
         typer.Option(
-            "--type", "-t", metavar="TYPE", help="f32, f16, bf16, q8_0, q4_0, or a K-quant: q4_k_m, q5_k_m, q6_k ..."
+            "--type",
+            "-t",
+            metavar="TYPE",
+            callback=_checked_type,
+            help="f32, f16, bf16, q8_0, q4_0, or a K-quant: q4_k_m, q5_k_m, q6_k ...",
         ),
     ] = "f16",
     share_kv: ShareKV = False,
@@ -100,7 +123,7 @@ def export_gguf(
         report = write_gguf(
             checkpoint,
             output,
-            type=file_type.lower(),
+            type=file_type,
             share_kv=share_kv,
             chunk_size=chunk_size,
             exit_gate=exit_gate,
@@ -125,7 +148,10 @@ def export_onnx(
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT_DIR", show_default=False, help="The folder to write.")],
     precision: Annotated[
-        str, typer.Option("--precision", "-p", metavar="TYPE", help="fp32, fp16, int8 or int4.")
+        str,
+        typer.Option(
+            "--precision", "-p", metavar="TYPE", callback=_checked_precision, help="fp32, fp16, int8 or int4."
+        ),
     ] = "fp32",
     n_ctx: Annotated[
         int | None,
@@ -196,7 +222,7 @@ def export_onnx(
         report = write_onnx(
             folder,
             output,
-            precision=precision.lower(),
+            precision=precision,
             n_ctx=n_ctx,
             share_kv=share_kv,
             chunk_size=chunk_size,
@@ -221,7 +247,13 @@ def quantize(
     source: Annotated[Path, typer.Argument(metavar="IN", show_default=False, help="A GGUF file, f32, f16 or bf16.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The GGUF file to write.")],
     file_type: Annotated[
-        str, typer.Argument(metavar="TYPE", show_default=False, help="q8_0, q6_k, q5_k_m, q4_k_m, q4_0 ...")
+        str,
+        typer.Argument(
+            metavar="TYPE",
+            show_default=False,
+            callback=_checked_type,
+            help="q8_0, q6_k, q5_k_m, q4_k_m, q4_0 ...",
+        ),
     ],
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Also take a file that is quantised already; loses quality.")
@@ -243,7 +275,7 @@ def quantize(
         written = quantize_gguf(
             model_file(source),
             output,
-            file_type.lower(),
+            file_type,
             force=force,
             allow_requantize=allow_requantize,
             progress=progress,

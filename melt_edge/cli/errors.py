@@ -116,8 +116,9 @@ def _report_usage(usage: Any) -> int:
 
 
 def _system_message(failure: BaseException) -> str:
-    if isinstance(failure, OSError) and failure.filename is not None:
-        return f"{failure.filename}: {failure.strerror or failure}"
+    if isinstance(failure, OSError):
+        reason = failure.strerror or str(failure)
+        return reason if failure.filename is None else f"{failure.filename}: {reason}"
     if isinstance(failure, MemoryError):
         return f"out of memory {failure}".strip()
     return str(failure)

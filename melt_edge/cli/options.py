@@ -23,6 +23,15 @@ def option(*names: str, panel: str | None = None, show: bool = False, **more: An
     return typer.Option(*names, rich_help_panel=panel, show_default=show, **more)
 
 
+def check_kv_type(name: str) -> str:
+    """Callback of --kv-type. Raises: BadParameter, which is a wrong command line, for a type there is not."""
+    from melt_edge.runtime.memory import KV_TYPES
+
+    if name not in KV_TYPES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(KV_TYPES)}")
+    return name
+
+
 Debug = Annotated[
     bool,
     option("--debug", callback=want_debug, is_eager=True, help="Show a traceback when something fails."),
@@ -68,7 +77,14 @@ NCtx = Annotated[
 ]
 KvType = Annotated[
     str,
-    option("--kv-type", metavar="TYPE", panel=_MODEL, show=True, help="Type of the KV cache: f32, f16, q8_0 or q4_0."),
+    option(
+        "--kv-type",
+        metavar="TYPE",
+        panel=_MODEL,
+        show=True,
+        callback=check_kv_type,
+        help="Type of the KV cache: f32, f16, q8_0 or q4_0.",
+    ),
 ]
 Threads = Annotated[
     int | None,

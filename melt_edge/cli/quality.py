@@ -12,7 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from melt_edge.cli.console import Stopwatch, err, print_json, row, show_library_warnings
-from melt_edge.cli.options import Debug, Json, KvType, Loops, ModelPath, Threads, option
+from melt_edge.cli.options import Debug, Json, KvType, Loops, ModelPath, Threads, check_kv_type, option
 from melt_edge.cli.quality_inputs import (
     check_same_vocabulary,
     opened,
@@ -85,7 +85,17 @@ BaseChunk = Annotated[
     int | None,
     option("--base-chunk", metavar="N", min=1, panel=_BASE, help="--chunk of BASE."),
 ]
-BaseKvType = Annotated[str, option("--base-kv-type", metavar="TYPE", panel=_BASE, show=True, help="--kv-type of BASE.")]
+BaseKvType = Annotated[
+    str,
+    option(
+        "--base-kv-type",
+        metavar="TYPE",
+        panel=_BASE,
+        show=True,
+        callback=check_kv_type,
+        help="--kv-type of BASE.",
+    ),
+]
 BaseShareKv = Annotated[bool, option("--base-share-kv", panel=_BASE, help="--share-kv of BASE.")]
 
 
