@@ -224,3 +224,8 @@ def test_onnx_speed_tells_ratios_on_the_wrong_side(imported: Any) -> None:
     assert script.problems({"ratio": {"decode": 0.6, "prefill": 0.5}, "room_ratio": 1.1}) == []
     found = script.problems({"ratio": {"decode": 0.5, "prefill": 0.4}, "room_ratio": 1.2})
     assert [problem.split()[0] for problem in found] == ["decode", "prefill", "room"]
+
+
+def test_the_committed_onnx_speed_is_within_its_limits(imported: Any) -> None:
+    results = json.loads((SCRIPT.parent / "results" / "onnx_speed.json").read_text())
+    assert imported("onnx_speed").problems(results) == []

@@ -69,6 +69,15 @@ def _checked_type(name: str) -> str:
         raise typer.BadParameter(str(err)) from None
 
 
+def _checked_precision(name: str) -> str:
+    """Callback of PRECISION. Raises: BadParameter for one that there is not."""
+    from melt_edge.export.onnx import PRECISIONS
+
+    if name.lower() not in PRECISIONS:
+        raise typer.BadParameter(f"precision is {name!r}, expected one of {', '.join(PRECISIONS)}")
+    return name.lower()
+
+
 @export_app.command("gguf")
 def export_gguf(
     checkpoint: CheckpointFolder,
@@ -139,7 +148,10 @@ def export_onnx(
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT_DIR", show_default=False, help="The folder to write.")],
     precision: Annotated[
-        str, typer.Option("--precision", "-p", metavar="TYPE", help="fp32, fp16, int8 or int4.")
+        str,
+        typer.Option(
+            "--precision", "-p", metavar="TYPE", callback=_checked_precision, help="fp32, fp16, int8 or int4."
+        ),
     ] = "fp32",
     n_ctx: Annotated[
         int | None,
@@ -226,7 +238,7 @@ def export_onnx(
         report = (export_genai if layout == "genai" else write_onnx)(
             folder,
             output,
-            precision=precision.lower(),
+            precision=precision,
             n_ctx=n_ctx,
             share_kv=share_kv,
             chunk_size=chunk_size,

@@ -10,11 +10,15 @@ import onnxruntime
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
+import melt_edge
 from melt_edge.checkpoint import save_checkpoint
 from melt_edge.config import LoopConfig
+from melt_edge.export.from_gguf import checkpoint_from_gguf
 from melt_edge.export.onnx import export_onnx
 from melt_edge.export.onnx_quantize import BlockFormat, dequantize_rows, quantize_rows
 from melt_edge.export.onnx_verify import LoopSteps, folder_logits
+from melt_edge.models import shipped_model_path
+from melt_edge.models.demo_questions import DEMO_QUESTIONS
 from parity.reference import distance, kl_divergence, random_tokens, reference_logits, reference_model
 from parity.test_logits import LIMIT, MODELS, N_DECODE, N_TOKENS, WHOLE, cases
 from tiny import tiny_checkpoint, tiny_config, tiny_tensors
@@ -173,3 +177,30 @@ def test_quantised_graphs_compute_with_the_quantised_values(
     folder = make_onnx(config, precision=precision, block_size=block_size, symmetric=symmetric, accuracy_level=0)
     expected = reference_logits(reference_model(save_checkpoint(tmp_path / "rounded", config, rounded)), tokens, 8)
     assert distance(folder_logits(folder, tokens, [], 8), expected) < LIMIT
+
+
+# Mean KL divergence of the shipped model from its float32 graphs in nats, token by token: about four times the
+# larger of the two caches' (fp16 1.4e-6, int8 2.5e-4, int4 2.5e-2).
+SHIPPED_KL_LIMITS = {"fp16": 6e-6, "int8": 1e-3, "int4": 0.1}
+
+
+@pytest.fixture(scope="module")
+def shipped_checkpoint(tmp_path_factory) -> Path:
+    return checkpoint_from_gguf(shipped_model_path(), tmp_path_factory.mktemp("shipped") / "ouro-tiny")
+
+
+@pytest.mark.parametrize("share_kv", [False, True])
+def test_a_trained_model_stays_closer(shipped_checkpoint, tmp_path, share_kv: bool) -> None:
+    """On the demo's questions and answers, as tests/test_shipped_model.py has it for GGUF."""
+    with melt_edge.load(shipped_model_path(), n_threads=1) as model:
+        texts = [
+            model.tokenize(model.render_chat([{"role": "user", "content": question}]) + answer + "<|im_end|>")
+            for question, answer in DEMO_QUESTIONS.items()
+        ]
+    logits = {}
+    for precision in ("fp32", *SHIPPED_KL_LIMITS):
+        folder = tmp_path / precision
+        export_onnx(shipped_checkpoint, folder, precision=precision, n_ctx=128, share_kv=share_kv, verify=False)
+        logits[precision] = np.concatenate([folder_logits(folder, text, [], 1) for text in texts])
+    for precision, limit in SHIPPED_KL_LIMITS.items():
+        assert 0 < kl_divergence(logits[precision], logits["fp32"]) < limit
