@@ -35,6 +35,8 @@ class LoopSteps:
         self.fixed = fixed
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = n_threads
+        # Each session has threads of its own; spinning ones take the cores from the session that runs next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.sessions: dict[str, onnxruntime.InferenceSession] = {
             name: open_session(folder / graph["file"], options) for name, graph in graphs.items()
         }
