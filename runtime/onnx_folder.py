@@ -153,6 +153,11 @@ class _Reader:
         return value
 
     def read(self) -> OnnxFolder:
+        if self.keys.get("layout") == "genai":
+            raise FormatError(
+                f"{self.path}: is a folder for onnxruntime-genai, which runs it as it is (examples/genai); for "
+                "melt-edge export the model again without --layout genai"
+            )
         version = self.get("format_version", int)
         if version != FORMAT_VERSION:
             raise FormatError(

@@ -188,6 +188,7 @@ def test_a_cache_that_cannot_be_written_costs_the_check_alone(
     ("change", "message"),
     [
         (lambda keys: keys.update(format_version=2), "has format version 2, this melt-edge reads 1"),
+        (lambda keys: keys.update(layout="genai"), "is a folder for onnxruntime-genai, which runs it as it is"),
         (lambda keys: keys.pop("graphs"), "key 'graphs' is missing"),
         (lambda keys: keys.update(architecture="llama"), "key 'architecture' is 'llama', tokenizer.gguf says 'melt'"),
         (lambda keys: keys.update(num_loops=0), "key 'num_loops' is 0, tokenizer.gguf says 4"),
