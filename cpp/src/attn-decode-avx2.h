@@ -1,0 +1,282 @@
+// Kernels of attn-decode-kernels.h for q8_0 and q4_0 in whole numbers, for CPUs with AVX2 (those with AVX-512 too).
+
+#pragma once
+
+#include <algorithm>
+
+#define MELT_Q_BLOCKS // queries are made q_blocks for q8_0 and q4_0
+
+// A block of a query in 8 bits, beside numbers of K's blocks: value = d * qs.
+struct q_block {
+    float  d;
+    float  zero; // -8 * d * sum of qs: what q4_0's offset of 8 adds to a product
+    int8_t qs[32];
+};
+
+// ggml's 8 bits are rounded as its own products round them
+static void q_blocks_from_q8_0(int n, const block_q8_0 * x, q_block * y) {
+    for (int b = 0; b < n / QK8_0; b++) {
+        int sum = 0;
+        for (int j = 0; j < QK8_0; j++) {
+            sum += x[b].qs[j];
+        }
+        y[b].d    = GGML_CPU_FP16_TO_FP32(x[b].d);
+        y[b].zero = -8.0f * y[b].d * sum;
+        memcpy(y[b].qs, x[b].qs, sizeof(y[b].qs));
+    }
+}
+
+// y = the sums of a, b, c and d
+static inline void sum_4(__m256 a, __m256 b, __m256 c, __m256 d, float * y) {
+    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
+
+struct block_8 {
+    using type = block_q8_0;
+    enum { HAS_ZERO = 0 };
+    static __m256i load(const uint8_t * qs) { return _mm256_loadu_si256((const __m256i *) qs); }
+    // sums of products of 4: the first factor of maddubs is without sign, so x gives its sign to q
+    static __m256i dot(__m256i x, __m256i q) {
+        return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(q, x)),
+                                 _mm256_set1_epi16(1));
+    }
+};
+
+struct block_4 {
+    using type = block_q4_0;
+    enum { HAS_ZERO = 1 };
+    // 0 to 15: the low halves of 16 bytes, then the high ones
+    static __m256i load(const uint8_t * qs) {
+        const __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) qs));
+        return _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_set_epi64x(4, 4, 0, 0)), _mm256_set1_epi8(15));
+    }
+    static __m256i dot(__m256i x, __m256i q) {
+        return _mm256_madd_epi16(_mm256_maddubs_epi16(x, q), _mm256_set1_epi16(1));
+    }
+};
+
+// NC rows, 4 or 8, and NQ queries
+template <class B, int NC, int NQ>
+static void dot_blocks(int n, const char * const * k, const char * q, size_t q_stride, float * s) {
+    const typename B::type * x[NC];
+    const q_block *          y[NQ];
+    __m256                   sum[NQ * NC];
+    __m256                   zero[NQ];
+    for (int c = 0; c < NC; c++) {
+        x[c] = (const typename B::type *) k[c];
+    }
+    for (int i = 0; i < NQ; i++) {
+        y[i]    = (const q_block *) (q + i * q_stride);
+        zero[i] = _mm256_setzero_ps();
+    }
+    for (__m256 & z : sum) {
+        z = _mm256_setzero_ps();
+    }
+    for (int b = 0; b < n / 32; b++) {
+        __m128i halves = _mm_cvtsi32_si128(x[0][b].d);
+        halves         = _mm_insert_epi16(halves, x[1][b].d, 1);
+        halves         = _mm_insert_epi16(halves, x[2][b].d, 2);
+        halves         = _mm_insert_epi16(halves, x[3][b].d, 3);
+        if (NC == 8) {
+            halves = _mm_insert_epi16(halves, x[4 % NC][b].d, 4);
+            halves = _mm_insert_epi16(halves, x[5 % NC][b].d, 5);
+            halves = _mm_insert_epi16(halves, x[6 % NC][b].d, 6);
+            halves = _mm_insert_epi16(halves, x[7 % NC][b].d, 7);
+        }
+        const __m256 d = _mm256_cvtph_ps(halves);
+        float        scale[NQ][8];
+        for (int i = 0; i < NQ; i++) {
+            _mm256_storeu_ps(scale[i], _mm256_mul_ps(d, _mm256_set1_ps(y[i][b].d)));
+            if (B::HAS_ZERO) {
+                zero[i] = _mm256_fmadd_ps(d, _mm256_set1_ps(y[i][b].zero), zero[i]);
+            }
+        }
+        for (int c = 0; c < NC; c++) {
+            const __m256i v = B::load((const uint8_t *) x[c][b].qs);
+            for (int i = 0; i < NQ; i++) {
+                const __m256i p = B::dot(v, _mm256_loadu_si256((const __m256i *) y[i][b].qs));
+                __m256 &      z = sum[i * NC + c];
+                z               = _mm256_fmadd_ps(_mm256_cvtepi32_ps(p), _mm256_broadcast_ss(&scale[i][c]), z);
+            }
+        }
+    }
+    for (int i = 0; i < NQ; i++) {
+        float total[8];
+        for (int c = 0; c < NC; c += 4) {
+            const __m256 * z = sum + i * NC + c;
+            sum_4(z[0], z[1], z[2], z[3], total + c);
+        }
+        float zeros[8];
+        _mm256_storeu_ps(zeros, zero[i]);
+        for (int c = 0; c < NC; c++) {
+            s[i * TILE + c] = total[c] + zeros[c];
+        }
+    }
+}
+
+template <class B>
+static void dot_cells_blocks(int n, const char * const * k, const char * q, size_t q_stride, int n_q, float * s,
+                             next_rows next) {
+    for (int c = 0; c < N_CELLS; c++) {
+        next.fetch(c);
+    }
+    int i = 0;
+    for (; i + 2 <= n_q; i += 2) {
+        dot_blocks<B, 4, 2>(n, k + 0, q + i * q_stride, q_stride, s + i * TILE + 0);
+        dot_blocks<B, 4, 2>(n, k + 4, q + i * q_stride, q_stride, s + i * TILE + 4);
+    }
+    for (; i < n_q; i++) {
+        dot_blocks<B, 8, 1>(n, k, q + i * q_stride, q_stride, s + i * TILE);
+    }
+}
+
+// One block's weights, w * d, in 16 bits: w * d = scale * i16, the largest of them 32767. Returns scale.
+static float weights_i16(const float * w, const ggml_half * d, int n_cells, int16_t * w16, int * sum) {
+    float  wd[TILE];
+    __m256 max = _mm256_setzero_ps();
+    for (int c = 0; c < n_cells; c += 8) {
+        const __m256 x =
+            _mm256_mul_ps(_mm256_loadu_ps(w + c), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (d + c))));
+        max = _mm256_max_ps(max, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x));
+        _mm256_storeu_ps(wd + c, x);
+    }
+    __m128 m4 = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps(max, 1));
+    m4        = _mm_max_ps(m4, _mm_movehl_ps(m4, m4));
+    m4        = _mm_max_ss(m4, _mm_movehdup_ps(m4));
+
+    const float  m   = _mm_cvtss_f32(m4);
+    const __m256 inv = _mm256_set1_ps(m > 0.0f ? 32767.0f / m : 0.0f);
+    __m128i      all = _mm_setzero_si128();
+    for (int c = 0; c < n_cells; c += 8) {
+        const __m256i x = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(wd + c), inv));
+        const __m128i y = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+        all             = _mm_add_epi32(all, _mm_madd_epi16(y, _mm_set1_epi16(1)));
+        _mm_storeu_si128((__m128i *) (w16 + c), y);
+    }
+    all  = _mm_hadd_epi32(all, all);
+    *sum = _mm_cvtsi128_si32(_mm_hadd_epi32(all, all));
+    return m / 32767.0f;
+}
+
+// 32 values of two rows, as four vectors of pairs: one value of the first row, the same of the second.
+struct pairs_8 {
+    using type = block_q8_0;
+    enum { OFFSET = 0 };
+    static void load(const type & x0, const type & x1, __m256i * y) {
+        const __m256i a    = _mm256_loadu_si256((const __m256i *) x0.qs);
+        const __m256i b    = _mm256_loadu_si256((const __m256i *) x1.qs);
+        const __m256i lo   = _mm256_unpacklo_epi8(a, b);
+        const __m256i hi   = _mm256_unpackhi_epi8(a, b);
+        const __m256i s_lo = _mm256_cmpgt_epi8(_mm256_setzero_si256(), lo);
+        const __m256i s_hi = _mm256_cmpgt_epi8(_mm256_setzero_si256(), hi);
+        y[0]               = _mm256_unpacklo_epi8(lo, s_lo); // values 0 to 3 and 16 to 19
+        y[1]               = _mm256_unpackhi_epi8(lo, s_lo); // 4 to 7, 20 to 23
+        y[2]               = _mm256_unpacklo_epi8(hi, s_hi); // 8 to 11, 24 to 27
+        y[3]               = _mm256_unpackhi_epi8(hi, s_hi);
+    }
+    // adds 32 values in the order of y
+    static void add(const __m256 * y, float * out) {
+        for (int j = 0; j < 4; j++) {
+            float * p = out + 4 * j;
+            _mm_storeu_ps(p, _mm_add_ps(_mm_loadu_ps(p), _mm256_castps256_ps128(y[j])));
+            _mm_storeu_ps(p + 16, _mm_add_ps(_mm_loadu_ps(p + 16), _mm256_extractf128_ps(y[j], 1)));
+        }
+    }
+};
+
+struct pairs_4 {
+    using type = block_q4_0;
+    enum { OFFSET = 8 };
+    static void load(const type & x0, const type & x1, __m256i * y) {
+        const __m128i a  = _mm_loadu_si128((const __m128i *) x0.qs);
+        const __m128i b  = _mm_loadu_si128((const __m128i *) x1.qs);
+        const __m256i lo = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(a, b));
+        const __m256i hi = _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(a, b));
+        y[0]             = _mm256_and_si256(lo, _mm256_set1_epi16(15)); // values 0 to 7
+        y[1]             = _mm256_and_si256(hi, _mm256_set1_epi16(15)); // 8 to 15
+        y[2]             = _mm256_srli_epi16(lo, 4);                    // 16 to 23
+        y[3]             = _mm256_srli_epi16(hi, 4);
+    }
+    static void add(const __m256 * y, float * out) {
+        for (int j = 0; j < 4; j++) {
+            _mm256_storeu_ps(out + 8 * j, _mm256_add_ps(_mm256_loadu_ps(out + 8 * j), y[j]));
+        }
+    }
+};
+
+// up to 4 blocks: their weights first, so that the steps of one do not wait for each other
+template <class P, int NQ>
+static void add_blocks(int n_blocks, const typename P::type * const * v, int n_cells, const float * w, float * out,
+                       int n, next_rows next, int block) {
+    ggml_half d[4][TILE];
+    int16_t   w16[4][NQ][TILE];
+    int       w_sum[4][NQ];
+    float     scale[4][NQ];
+    for (int c = 0; c < n_cells; c++) {
+        for (int b = 0; b < n_blocks; b++) {
+            d[b][c] = v[c][b].d;
+        }
+    }
+    for (int b = 0; b < n_blocks; b++) {
+        for (int i = 0; i < NQ; i++) {
+            scale[b][i] = weights_i16(w + i * TILE, d[b], n_cells, w16[b][i], &w_sum[b][i]);
+        }
+    }
+    const size_t step = next.n_bytes / (n / 32);
+    for (int b = 0; b < n_blocks; b++) {
+        __m256i sum[NQ][4];
+        for (int i = 0; i < NQ; i++) {
+            for (int j = 0; j < 4; j++) {
+                sum[i][j] = _mm256_set1_epi32(-P::OFFSET * w_sum[b][i]);
+            }
+        }
+        // no overflow: 64 rows of at most 128 * 32767
+        for (int c = 0; c < n_cells; c += 2) {
+            __m256i x[4];
+            next.fetch_line(c + 0, (block + b) * step);
+            next.fetch_line(c + 1, (block + b) * step);
+            P::load(v[c][b], v[c + 1][b], x);
+            for (int i = 0; i < NQ; i++) {
+                int pair;
+                memcpy(&pair, w16[b][i] + c, sizeof(pair));
+                for (int j = 0; j < 4; j++) {
+                    sum[i][j] = _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(x[j], _mm256_set1_epi32(pair)));
+                }
+            }
+        }
+        for (int i = 0; i < NQ; i++) {
+            __m256 y[4];
+            for (int j = 0; j < 4; j++) {
+                y[j] = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[i][j]), _mm256_set1_ps(scale[b][i]));
+            }
+            P::add(y, out + i * n + b * 32);
+        }
+    }
+}
+
+template <class P>
+static void add_cells_blocks(int n, const char * const * v, int n_cells, const float * w, int n_q, float * out,
+                             next_rows next) {
+    for (int b = 0; b < n / 32; b += 4) {
+        const int                n_blocks = std::min(4, n / 32 - b);
+        const typename P::type * x[TILE];
+        next_rows                ask = next;
+        for (int c = 0; c < n_cells; c++) {
+            x[c] = (const typename P::type *) v[c] + b;
+        }
+        for (int i = 0; i < n_q;) {
+            if (i + 2 <= n_q) {
+                add_blocks<P, 2>(n_blocks, x, n_cells, w + i * TILE, out + i * n + b * 32, n, ask, b);
+                i += 2;
+            } else {
+                add_blocks<P, 1>(n_blocks, x, n_cells, w + i * TILE, out + i * n + b * 32, n, ask, b);
+                i += 1;
+            }
+            ask.n_bytes = 0; // asked for with the first queries
+        }
+    }
+}
+
+static const add_cells_t add_cells_q8_0 = add_cells_blocks<pairs_8>;
+static const add_cells_t add_cells_q4_0 = add_cells_blocks<pairs_4>;

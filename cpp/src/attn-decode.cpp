@@ -1,0 +1,376 @@
+// Decode attention at the speed of memory. A row of the cache holds one token's K (or V) of all heads, so each thread
+// walks its own range of rows front to back, once, for all heads, and keeps a partial softmax per head: running
+// maximum M, sum S and the weighted sum of V (online softmax, arXiv 1805.02867). After a barrier the threads' partial
+// results are merged. ggml's kernels walk the whole cache once per head, in steps of one head's share of a row.
+
+#include "attn-decode.h"
+
+#include "attn-decode-kernels.h"
+#include "ggml-cpu.h"
+#include "ops.h"
+#include "vec.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+
+enum {
+    MAX_ROWS   = 32,       // query rows; above, the partial results take more memory than they are worth
+    TILE_BYTES = 96 << 10, // of K, and of V: both lie in the L2 cache while they are fetched and used
+};
+
+// The kernel of K's type; none: ggml's own products are used.
+static dot_cells_t get_dot_cells(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32: return dot_cells_float<load_f32>;
+        case GGML_TYPE_F16: return dot_cells_float<load_f16>;
+        case GGML_TYPE_BF16: return dot_cells_float<load_bf16>;
+#ifdef MELT_Q_BLOCKS
+        case GGML_TYPE_Q8_0: return dot_cells_blocks<block_8>;
+        case GGML_TYPE_Q4_0: return dot_cells_blocks<block_4>;
+#endif
+        default: return nullptr;
+    }
+}
+
+// The kernel of V's type; none: rows are made float first.
+static add_cells_t get_add_cells(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32: return add_cells_float<load_f32>;
+        case GGML_TYPE_F16: return add_cells_float<load_f16>;
+        case GGML_TYPE_BF16: return add_cells_float<load_bf16>;
+        case GGML_TYPE_Q8_0: return add_cells_q8_0;
+        case GGML_TYPE_Q4_0: return add_cells_q4_0;
+        default: return nullptr;
+    }
+}
+
+// A node, and where each thread keeps its things in the work buffer.
+struct attn_decode {
+    const ggml_tensor * q;
+    const ggml_tensor * k;
+    const ggml_tensor * v;
+    const ggml_tensor * mask;
+
+    int64_t n_embd_k, n_embd_v; // of a head
+    int64_t n_head, n_head_kv, n_kv;
+    int64_t n_tokens; // query rows of a stream
+    int64_t n_rows;   // query rows of all streams
+    float   scale;
+
+    dot_cells_t                  dot;
+    add_cells_t                  add;
+    const ggml_type_traits_cpu * k_traits;
+    const ggml_type_traits_cpu * q_traits; // of the type that K's products take
+
+    int    n_tile;       // cells of a tile
+    size_t q_bytes;      // a head's query as the products want it; 0: as it is
+    size_t q_tmp_bytes;  // while it is made
+    size_t thread_bytes; // scores, queries, float rows of V
+    size_t part_floats;  // M, S and the weighted sum of all heads, for one row and thread
+};
+
+static size_t pad_line(size_t n_bytes) {
+    return GGML_PAD(n_bytes, CACHE_LINE_SIZE);
+}
+
+static bool attn_decode_init(attn_decode & a, const ggml_tensor * dst) {
+    a.q    = dst->src[0];
+    a.k    = dst->src[1];
+    a.v    = dst->src[2];
+    a.mask = dst->src[3];
+
+    a.n_embd_k  = a.k->ne[0];
+    a.n_embd_v  = a.v->ne[0];
+    a.n_head    = a.q->ne[2];
+    a.n_head_kv = a.k->ne[2];
+    a.n_kv      = a.k->ne[1];
+    a.n_tokens  = a.q->ne[1];
+    a.n_rows    = a.n_tokens * a.q->ne[3];
+
+    float params[3]; // scale, ALiBi's bias, soft-capping
+    memcpy(params, dst->op_params, sizeof(params));
+    a.scale = params[0];
+    if (a.n_rows > MAX_ROWS || params[1] != 0.0f || params[2] != 0.0f || dst->src[4] != nullptr) {
+        return false;
+    }
+    if (a.v->ne[2] != a.n_head_kv || (a.mask && a.mask->ne[2] != 1) || a.q->type != GGML_TYPE_F32) {
+        return false;
+    }
+    a.dot      = get_dot_cells(a.k->type);
+    a.add      = get_add_cells(a.v->type);
+    a.k_traits = ggml_get_type_traits_cpu(a.k->type);
+    a.q_traits = ggml_get_type_traits_cpu(a.k_traits->vec_dot_type);
+    if ((!a.dot && !a.k_traits->vec_dot) || (!a.add && !ggml_get_type_traits(a.v->type)->to_float)) {
+        return false;
+    }
+
+    const size_t row_bytes =
+        std::max(ggml_row_size(a.k->type, a.n_embd_k), ggml_row_size(a.v->type, a.n_embd_v)) * a.n_head_kv;
+    a.n_tile = std::clamp<size_t>(TILE_BYTES / row_bytes / N_CELLS * N_CELLS, N_CELLS, TILE);
+
+    a.q_bytes = a.q_tmp_bytes = 0;
+    if (ggml_is_quantized(a.k->type)) {
+        a.q_bytes = ggml_row_size(a.k_traits->vec_dot_type, a.n_embd_k);
+#ifdef MELT_Q_BLOCKS
+        if (a.dot) {
+            a.q_tmp_bytes = a.q_bytes;
+            a.q_bytes     = a.n_embd_k / 32 * sizeof(q_block);
+        }
+#endif
+    }
+    const size_t v_bytes = a.add ? 0 : sizeof(float) * TILE * a.n_embd_v;
+    a.thread_bytes       = pad_line(sizeof(float) * a.n_head * TILE) + pad_line(a.n_head * a.q_bytes) +
+                           pad_line(a.q_tmp_bytes) + pad_line(v_bytes);
+    a.part_floats        = pad_line(sizeof(float) * a.n_head * (2 + a.n_embd_v)) / sizeof(float);
+    return true;
+}
+
+size_t melt_attn_decode_work_bytes(const ggml_tensor * dst, int n_threads) {
+    attn_decode a;
+    if (!attn_decode_init(a, dst)) {
+        return 0;
+    }
+    return n_threads * (a.thread_bytes + a.n_rows * a.part_floats * sizeof(float));
+}
+
+// The cells that one row may see, in order.
+struct open_cells {
+    const ggml_fp16_t * mask; // none: all
+    int64_t             next;
+
+    bool is_open(int64_t cell) const { return mask == nullptr || mask[cell] != 0xFC00; } // -inf
+
+    int64_t count(int64_t n_kv) const {
+        int64_t n = 0;
+        for (int64_t cell = 0; cell < n_kv; cell++) {
+            n += is_open(cell);
+        }
+        return n;
+    }
+
+    // writes n of them, or skips them
+    void take(int64_t n, int64_t * cells) {
+        for (int64_t i = 0; i < n; next++) {
+            if (is_open(next)) {
+                if (cells) {
+                    cells[i] = next;
+                }
+                i++;
+            }
+        }
+    }
+};
+
+struct tile {
+    int     n_cells;
+    int     n_padded; // with rows whose weight is 0
+    int64_t cells[TILE];
+
+    void take(open_cells & open, int64_t n) {
+        n_cells  = n;
+        n_padded = GGML_PAD(n, N_CELLS);
+        open.take(n, cells);
+        if (n > 0) {
+            std::fill(cells + n_cells, cells + n_padded, cells[n - 1]);
+        }
+    }
+};
+
+// s = scale * s + bias; returns the maximum
+static float scale_scores(int n, float * s, float scale, const float * bias) {
+    vf    max  = vf_set(-INFINITY);
+    float tail = -INFINITY;
+    int   c    = 0;
+    for (; c + VF_N <= n; c += VF_N) {
+        const vf x = vf_fma(vf_load(s + c), vf_set(scale), vf_load(bias + c));
+        max        = vf_max(max, x);
+        vf_store(s + c, x);
+    }
+    for (; c < n; c++) {
+        s[c] = s[c] * scale + bias[c];
+        tail = std::max(tail, s[c]);
+    }
+    return std::max(tail, vf_hmax(max));
+}
+
+// One thread's share of one query row. work: thread_bytes. part: M[n_head], S[n_head], weighted sums
+// [n_head][n_embd_v].
+static void attn_decode_row(const attn_decode & a, int64_t row, int ith, int nth, char * work, float * part) {
+    const int64_t i1  = row % a.n_tokens;
+    const int64_t i3  = row / a.n_tokens;
+    const int     n_q = a.n_head / a.n_head_kv; // query heads that share one of K and V
+
+    const char * k = (const char *) a.k->data + i3 / (a.q->ne[3] / a.k->ne[3]) * a.k->nb[3];
+    const char * v = (const char *) a.v->data + i3 / (a.q->ne[3] / a.v->ne[3]) * a.v->nb[3];
+
+    open_cells open = {nullptr, 0};
+    if (a.mask) {
+        open.mask = (const ggml_fp16_t *) ((const char *) a.mask->data + i1 * a.mask->nb[1] +
+                                           i3 % a.mask->ne[3] * a.mask->nb[3]);
+    }
+
+    float * score = (float *) work; // [n_head][TILE]
+    char *  q_mem = work + pad_line(sizeof(float) * a.n_head * TILE);
+    char *  q_tmp = q_mem + pad_line(a.n_head * a.q_bytes);
+    float * v_mem = (float *) (q_tmp + pad_line(a.q_tmp_bytes));
+
+    const char * q        = (const char *) a.q->data + i1 * a.q->nb[1] + i3 * a.q->nb[3];
+    size_t       q_stride = a.q->nb[2];
+    if (a.q_bytes) {
+        for (int64_t h = 0; h < a.n_head; h++) {
+            const float * from = (const float *) (q + h * q_stride);
+            char *        to   = q_mem + h * a.q_bytes;
+            a.q_traits->from_float(from, a.dot ? q_tmp : to, a.n_embd_k);
+#ifdef MELT_Q_BLOCKS
+            if (a.dot) {
+                q_blocks_from_q8_0(a.n_embd_k, (const block_q8_0 *) q_tmp, (q_block *) to);
+            }
+#endif
+        }
+        q        = q_mem;
+        q_stride = a.q_bytes;
+    }
+
+    float * M   = part;
+    float * S   = part + a.n_head;
+    float * sum = part + 2 * a.n_head;
+    std::fill(M, M + a.n_head, -INFINITY);
+    std::fill(S, sum + a.n_head * a.n_embd_v, 0.0f);
+
+    // the threads share the cells that this row may see, not the cells that there are
+    const int64_t n_open = open.mask ? open.count(a.n_kv) : a.n_kv;
+    const int64_t first  = n_open * ith / nth;
+    int64_t       left   = n_open * (ith + 1) / nth - first;
+    if (open.mask) {
+        open.take(first, nullptr);
+    } else {
+        open.next = first;
+    }
+
+    const size_t k_bytes = ggml_row_size(a.k->type, a.n_embd_k); // of one head
+    const size_t v_bytes = ggml_row_size(a.v->type, a.n_embd_v);
+    const char * rows[TILE];
+    const char * next[TILE]; // while K is read, the same cells' V is fetched; while V is, the next tile's K
+    tile         now, then;
+    then.take(open, std::min<int64_t>(left, a.n_tile));
+    while (then.n_cells > 0) {
+        now = then;
+        left -= now.n_cells;
+
+        for (int c = 0; c < now.n_padded; c += N_CELLS) {
+            for (int64_t h = 0; h < a.n_head_kv; h++) {
+                for (int j = 0; j < N_CELLS; j++) {
+                    rows[j] = k + now.cells[c + j] * a.k->nb[1] + h * a.k->nb[2];
+                    next[j] = v + now.cells[c + j] * a.v->nb[1] + h * a.v->nb[2];
+                }
+                const char * q_h = q + h * n_q * q_stride;
+                float *      s   = score + h * n_q * TILE + c;
+                if (a.dot) {
+                    a.dot(a.n_embd_k, rows, q_h, q_stride, n_q, s, {next, v_bytes});
+                    continue;
+                }
+                for (int i = 0; i < n_q; i++) {
+                    for (int j = 0; j < N_CELLS; j++) {
+                        a.k_traits->vec_dot(a.n_embd_k, s + i * TILE + j, 0, rows[j], 0, q_h + i * q_stride, 0, 1);
+                    }
+                }
+            }
+        }
+
+        float bias[TILE]; // the mask, and no weight for the rows that fill up
+        for (int c = 0; c < now.n_padded; c++) {
+            bias[c] = open.mask ? GGML_CPU_FP16_TO_FP32(open.mask[now.cells[c]]) : 0.0f;
+        }
+        std::fill(bias + now.n_cells, bias + now.n_padded, -INFINITY);
+        for (int64_t h = 0; h < a.n_head; h++) {
+            float *     s   = score + h * TILE;
+            const float max = std::max(M[h], scale_scores(now.n_padded, s, a.scale, bias));
+            if (max > M[h]) {
+                const float shrink = expf(M[h] - max);
+                ggml_vec_scale_f32(a.n_embd_v, sum + h * a.n_embd_v, shrink);
+                S[h] *= shrink;
+                M[h] = max;
+            }
+            S[h] += ggml_vec_soft_max_f32(now.n_padded, s, s, max);
+        }
+
+        then.take(open, std::min<int64_t>(left, a.n_tile));
+        for (int64_t h = 0; h < a.n_head_kv; h++) {
+            for (int c = 0; c < now.n_padded; c++) {
+                rows[c] = v + now.cells[c] * a.v->nb[1] + h * a.v->nb[2];
+                next[c] = k + then.cells[c < then.n_padded ? c : 0] * a.k->nb[1] + h * a.k->nb[2];
+            }
+            const next_rows fetch = {next, then.n_cells > 0 ? k_bytes : 0};
+            const float *   w     = score + h * n_q * TILE;
+            float *         out   = sum + h * n_q * a.n_embd_v;
+            if (a.add) {
+                a.add(a.n_embd_v, rows, now.n_padded, w, n_q, out, fetch);
+                continue;
+            }
+            for (int c = 0; c < now.n_padded; c++) {
+                ggml_get_type_traits(a.v->type)->to_float(rows[c], v_mem + c * a.n_embd_v, a.n_embd_v);
+                rows[c] = (const char *) (v_mem + c * a.n_embd_v);
+            }
+            add_cells_float<load_f32>(a.n_embd_v, rows, now.n_padded, w, n_q, out, fetch);
+        }
+    }
+}
+
+// Merges the threads' partial results of one head of one row. parts: those of thread 0, part_floats apart.
+static void attn_decode_merge(const attn_decode & a, const float * parts, int nth, int64_t h, float * out) {
+    float M = -INFINITY;
+    for (int t = 0; t < nth; t++) {
+        M = std::max(M, parts[t * a.part_floats + h]);
+    }
+    std::fill(out, out + a.n_embd_v, 0.0f);
+    float S = 0.0f;
+    for (int t = 0; t < nth; t++) {
+        const float * part = parts + t * a.part_floats;
+        if (part[a.n_head + h] == 0.0f) {
+            continue; // a thread without cells
+        }
+        const float weight = expf(part[h] - M);
+        ggml_vec_mad_f32(a.n_embd_v, out, part + 2 * a.n_head + h * a.n_embd_v, weight);
+        S += part[a.n_head + h] * weight;
+    }
+    ggml_vec_scale_f32(a.n_embd_v, out, S == 0.0f ? 0.0f : 1.0f / S);
+}
+
+static std::atomic<bool> & attn_decode_enabled() {
+    static std::atomic<bool> enabled = [] {
+        const char * value = getenv("MELT_ATTN_DECODE");
+        return value == nullptr || strcmp(value, "0") != 0;
+    }();
+    return enabled;
+}
+
+void melt_edge_attn_decode_enable(bool enabled) {
+    attn_decode_enabled() = enabled;
+}
+
+bool melt_attn_decode(const ggml_compute_params * params, ggml_tensor * dst) {
+    attn_decode a;
+    if (params->use_ref || !attn_decode_enabled() || !attn_decode_init(a, dst)) {
+        return false;
+    }
+    const int ith   = params->ith;
+    const int nth   = params->nth;
+    char *    work  = (char *) params->wdata + ith * a.thread_bytes;
+    float *   parts = (float *) ((char *) params->wdata + nth * a.thread_bytes); // [n_rows][nth][part_floats]
+    for (int64_t row = 0; row < a.n_rows; row++) {
+        attn_decode_row(a, row, ith, nth, work, parts + (row * nth + ith) * a.part_floats);
+    }
+    ggml_barrier(params->threadpool);
+
+    for (int64_t i = ith; i < a.n_rows * a.n_head; i += nth) {
+        const int64_t row = i / a.n_head;
+        const int64_t h   = i % a.n_head;
+        // dst: [n_embd_v, n_head, n_tokens, streams]
+        float * out       = (float *) ((char *) dst->data + h * dst->nb[1] + row % a.n_tokens * dst->nb[2] +
+                                       row / a.n_tokens * dst->nb[3]);
+        attn_decode_merge(a, parts + row * nth * a.part_floats, nth, h, out);
+    }
+    return true;
+}
