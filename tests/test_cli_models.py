@@ -349,6 +349,7 @@ def test_demo_answers_with_both_caches() -> None:
 
 
 def test_shipped_model_runs_by_name() -> None:
-    found = json.loads(cli("run", "ouro-tiny", *ONE, "-p", "What is 2 + 3?", "--temp", "0", "--json").stdout)
+    found = json.loads(cli("run", "melt-tiny", *ONE, "-p", "What is 2 + 3?", "--temp", "0", "--json").stdout)
     assert "5" in found["text"]
+    assert json.loads(cli("inspect", "melt-tiny", "--json").stdout)["kv_cache"]["shared_between_loops"] is True
     assert json.loads(cli("inspect", "ouro-tiny", "--json").stdout)["kv_cache"]["shared_between_loops"] is False

@@ -1,17 +1,11 @@
-"""Train ouro-tiny, the looped model that melt-edge ships, on generated arithmetic: one command.
+"""The training of ouro-tiny on generated sums: the model and the loop. ``make_models.py`` is the command.
 
-    python examples/train_tiny/train.py OUT_FOLDER [--gguf FILE]
-
-Writes a checkpoint folder in the Hugging Face layout, measures it on held-out problems with Ouro's
-own cache and with the shared one, and writes the GGUF if asked. Same seed, machine and thread count:
-same weights.
+Same seed, machine, torch version and thread count: same weights.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +14,10 @@ from random import Random
 import torch
 from bpe import BOS, EOS, PAD, prompt_text, tokenizer_config, train_tokenizer
 from muon import Muon
-from problems import held_out_problems, training_problem
+from problems import training_problem
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from scoring import Score, score, view
+from scoring import view
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -195,76 +188,14 @@ def train(settings: Settings, console: Console) -> tuple[LoopLM, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def measure(model: LoopLM, tokenizer: Tokenizer, count: int) -> dict[str, dict[str, Score]]:
-    """Greedy accuracy on held-out problems, with Ouro's own cache and with the shared one."""
-    problems = held_out_problems(seed=0, count=count)
-    views = {"ouro": model, "shared cache": view(model, model.config.share_kv())}
-    return {name: score(run, tokenizer, problems) for name, run in views.items()}
-
-
-def accuracy_table(scores: dict[str, dict[str, Score]]) -> Table:
-    """A row for each kind of problem, a column for each computation."""
-    table = Table(title="Right answers on held-out problems, greedy")
-    table.add_column("problems")
-    for name in scores:
-        table.add_column(name)
-    for kind in sorted(next(iter(scores.values())), key=lambda kind: (kind == "all", kind)):
-        table.add_row(kind, *(str(by_kind[kind]) for by_kind in scores.values()))
-    return table
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line; the defaults are those that made the shipped model."""
-    defaults = Settings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder of the new checkpoint")
-    parser.add_argument("--gguf", type=Path, help="also write this GGUF file, in float32")
-    parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
-    parser.add_argument("--layers", type=int, default=defaults.layers)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--threads", type=int, default=defaults.threads)
-    parser.add_argument("--problems", type=int, default=1400, help="held-out problems to measure on")
-    parser.add_argument("--force", action="store_true", help="overwrite what is there")
-    arguments = parser.parse_args()
-    for path in (arguments.out, arguments.gguf):  # told now, not after the training
-        if path and path.exists() and not arguments.force:
-            parser.error(f"{path} is there already; name another or give --force")
-    return arguments
-
-
-def main() -> None:
-    """Train, save, export, measure."""
-    arguments = parse_arguments()
-    settings = Settings(
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        layers=arguments.layers,
-        seed=arguments.seed,
-        threads=arguments.threads,
-    )
-    console = Console()
-    start = time.monotonic()
-    model, tokenizer = train(settings, console)
-    seconds = time.monotonic() - start
-    parameters = sum(p.numel() for p in model.parameters())
-    console.print(f"{parameters} parameters, {settings.steps} steps in {seconds:.0f} s")
+def save_teacher(path: Path, model: LoopLM, tokenizer: Tokenizer) -> None:
+    """Write the checkpoint folder, over one that is there."""
     save_checkpoint(
-        arguments.out,
+        path,
         model.config,
         model.state_dict(),
         tokenizer_json=tokenizer.to_str(),
         tokenizer_config=tokenizer_config(model.config.max_position_embeddings),
         generation_config={"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "do_sample": False},
-        force=arguments.force,
+        force=True,
     )
-    if arguments.gguf:
-        from melt_edge.export.gguf import export_gguf
-
-        export_gguf(arguments.out, arguments.gguf, type="f32", force=arguments.force)
-    if arguments.problems:
-        console.print(accuracy_table(measure(model, tokenizer, arguments.problems)))
-
-
-if __name__ == "__main__":
-    main()

@@ -26,7 +26,9 @@ _FLASH = {"auto": None, "on": True, "1": True, "off": False, "0": False}
 def bench(
     models: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="MODEL", show_default=False, help="Model files of an Ouro or MELT, or ouro-tiny."),
+        typer.Argument(
+            metavar="MODEL", show_default=False, help="Model files of an Ouro or MELT, or melt-tiny, ouro-tiny."
+        ),
     ] = None,
     shape: Annotated[
         str | None,

@@ -104,7 +104,7 @@ def chat(
 
       melt-edge chat ouro.gguf
       melt-edge chat melt.gguf --temp 0 --system "Answer in one sentence."
-      printf 'What is 2 + 3?\\nAnd 4 + 4?\\n' | melt-edge chat ouro-tiny
+      printf 'What is 2 + 3?\\nAnd 4 + 4?\\n' | melt-edge chat melt-tiny
     """
     show_library_warnings()
     options = given(

@@ -26,7 +26,7 @@ def compare(
     models: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="MODEL", show_default=False, help="GGUF files or ONNX folders of an Ouro or MELT, or ouro-tiny."
+            metavar="MODEL", show_default=False, help="GGUF files or ONNX folders of an Ouro or MELT, or melt-tiny."
         ),
     ] = None,
     shape: Annotated[

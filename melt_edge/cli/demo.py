@@ -1,10 +1,8 @@
-"""`melt-edge demo`: the shipped model answers questions, once with a cache row per loop and once with one for all."""
+"""`melt-edge demo`: the two shipped models answer questions: an Ouro, and the MELT distilled from it."""
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +11,7 @@ from rich.table import Table
 
 from melt_edge.cli.console import human_bytes, human_count, out, show_library_warnings, write_text
 from melt_edge.cli.options import Debug, Threads
-from melt_edge.models import SHIPPED_MODEL, shipped_model_path
+from melt_edge.models import SHIPPED_MODEL, SHIPPED_TEACHER, shipped_model_path
 from melt_edge.models.demo_questions import DEMO_QUESTIONS
 
 if TYPE_CHECKING:
@@ -58,11 +56,11 @@ def demo(
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
-    """See it work: a small looped model that comes with melt-edge answers questions.
+    """See it work: the two small models that come with melt-edge answer questions.
 
-    Each question is answered twice, by the same weights: with a cache row for
-    every loop (Ouro) and with one row that all loops share (MELT's layout).
-    Then the bytes of the two caches, as the library reports them.
+    Each question is answered twice: by ouro-tiny, with a cache row for every
+    loop, and by melt-tiny, distilled from it, with one row that all loops
+    share. Then the bytes of the two caches, as the library reports them.
 
     Examples:
 
@@ -70,38 +68,35 @@ def demo(
       melt-edge demo -q "What is 40 + 2?" -q "Who are you?"
     """
     import melt_edge
-    from melt_edge.export.share_kv import share_kv_gguf
 
     show_library_warnings()
-    source = shipped_model_path(SHIPPED_MODEL)
     # So small a model loses more by waiting for a second thread than it gains.
     n_threads = threads or 1
-    with tempfile.TemporaryDirectory(prefix="melt-edge-") as folder:
-        shared_file = share_kv_gguf(source, Path(folder) / "shared.gguf")
-        with (
-            melt_edge.load(source, n_threads=n_threads) as ouro,
-            melt_edge.load(shared_file, n_threads=n_threads) as shared,
-        ):
-            sides = (_Side("per loop", ouro), _Side("shared", shared))
-            _introduce(ouro)
-            for text in question or tuple(DEMO_QUESTIONS):
-                out().print(f"\n[bold]{'Q':<13}[/]", end="")
-                write_text(text + "\n")
-                for side in sides:
-                    side.answer(text, max_tokens)
-            _compare(sides)
+    with (
+        melt_edge.load(shipped_model_path(SHIPPED_TEACHER), n_threads=n_threads) as ouro,
+        melt_edge.load(shipped_model_path(SHIPPED_MODEL), n_threads=n_threads) as melt,
+    ):
+        sides = (_Side("Ouro", ouro), _Side("MELT", melt))
+        _introduce(ouro, melt)
+        for text in question or tuple(DEMO_QUESTIONS):
+            out().print(f"\n[bold]{'Q':<13}[/]", end="")
+            write_text(text + "\n")
+            for side in sides:
+                side.answer(text, max_tokens)
+        _compare(sides)
     out().print(
-        "\nNext: [bold]melt-edge chat ouro-tiny[/], or with a checkpoint of your own:\n"
+        f"\nNext: [bold]melt-edge chat {SHIPPED_MODEL}[/], or with a checkpoint of your own:\n"
         "      [bold]melt-edge export gguf Ouro-1.4B-Thinking ouro.gguf --type q8_0[/]"
     )
 
 
-def _introduce(model: Model) -> None:
-    info = model.info
+def _introduce(ouro: Model, melt: Model) -> None:
+    info = ouro.info
     out().print(
-        f"[bold]{SHIPPED_MODEL}[/], {human_count(info.n_params)} parameters: {info.n_layer} layers, "
-        f"run {info.num_loops} times for every token.\n"
-        "The same weights, two caches: a row per loop (Ouro), or one for all (MELT)."
+        f"[bold]{SHIPPED_TEACHER}[/], {human_count(info.n_params)} parameters: {info.n_layer} layers, "
+        f"run {info.num_loops} times, a cache row for each loop.\n"
+        f"[bold]{SHIPPED_MODEL}[/], {human_count(melt.info.n_params)} parameters: distilled from it, "
+        "one cache row for all loops."
     )
 
 
@@ -116,7 +111,7 @@ def _compare(sides: tuple[_Side, _Side]) -> None:
     for side in sides:
         kv_bytes = side.model.memory().kv_bytes
         table.add_row(
-            "one row per loop (Ouro)" if side is sides[0] else "one row for all loops",
+            "one row per loop (Ouro)" if side is sides[0] else "one row for all (MELT)",
             f"{kv_bytes:,}",
             human_bytes(kv_bytes),
             human_bytes(kv_bytes / n_ctx),
@@ -128,5 +123,5 @@ def _compare(sides: tuple[_Side, _Side]) -> None:
     ratio = sides[0].model.memory().kv_bytes / sides[1].model.memory().kv_bytes
     console.print(
         f"[bold green]{ratio:.3g} times less cache[/] for {sides[0].model.info.num_loops} loops. "
-        "Without MELT's trained gate it costs some\naccuracy: the model card beside the file has the numbers."
+        "The model card beside the files says\nhow often each of them is right."
     )

@@ -28,7 +28,7 @@ def evaluate(
     model: Annotated[
         Path,
         typer.Argument(
-            metavar="MODEL", show_default=False, help="A GGUF file, an ONNX or checkpoint folder, or ouro-tiny."
+            metavar="MODEL", show_default=False, help="A GGUF file, an ONNX or checkpoint folder, or melt-tiny."
         ),
     ],
     task: Annotated[str, option("--task", metavar="NAME", help=f"{', '.join(TASKS)}, or {ALL_TASKS}.")],

@@ -18,7 +18,7 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", show_default=False, help="A GGUF file, an ONNX or checkpoint folder, or ouro-tiny."
+            metavar="FILE", show_default=False, help="A GGUF file, an ONNX or checkpoint folder, or melt-tiny."
         ),
     ],
     as_json: Json = False,

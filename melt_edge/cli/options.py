@@ -43,7 +43,7 @@ System = Annotated[str | None, option("--system", metavar="TEXT", help="System m
 ModelPath = Annotated[
     Path,
     typer.Argument(
-        metavar="MODEL", show_default=False, help="A GGUF file or ONNX folder of an Ouro or MELT, or ouro-tiny."
+        metavar="MODEL", show_default=False, help="A GGUF file or ONNX folder of an Ouro or MELT, or melt-tiny."
     ),
 ]
 Loops = Annotated[
@@ -211,7 +211,9 @@ def model_file(path: Path) -> Path:
 
         with suppress(ConfigError):
             return shipped_model_path(path.name)
-    raise FormatError(f"{path}: no such file; expected a .gguf file written by melt-edge export gguf, or ouro-tiny")
+    raise FormatError(
+        f"{path}: no such file; expected a .gguf file written by melt-edge export gguf, or melt-tiny, or ouro-tiny"
+    )
 
 
 def check_new_file(path: Path) -> None:

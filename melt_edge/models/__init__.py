@@ -7,7 +7,8 @@ from pathlib import Path
 
 from melt_edge.errors import ConfigError
 
-SHIPPED_MODEL = "ouro-tiny"
+# A MELT, and the Ouro that it was distilled from.
+SHIPPED_MODEL, SHIPPED_TEACHER = "melt-tiny", "ouro-tiny"
 
 
 def shipped_model_path(name: str = SHIPPED_MODEL) -> Path:
