@@ -23,9 +23,10 @@ from melt_edge.bench.measure import make_runs, measure
 from melt_edge.bench.rows import BenchRow, BenchTest, make_tests
 from melt_edge.compare.paper import PAPER_GB
 from melt_edge.compare.points import KINDS, Contender, contenders
-from melt_edge.compare.random_model import default_cache_dir, random_model
+from melt_edge.compare.random_model import random_model
 from melt_edge.compare.shapes import shape_config
 from melt_edge.config import LoopConfig
+from melt_edge.files import default_cache_dir
 from melt_edge.runtime.machine import available_bytes
 from provenance import provenance
 

@@ -222,8 +222,8 @@ def test_onnx_speed_writes_numbers(tmp_path: Path) -> None:
 def test_onnx_speed_tells_ratios_on_the_wrong_side(imported: Any) -> None:
     script: ModuleType = imported("onnx_speed")
     assert script.problems({"ratio": {"decode": 0.6, "prefill": 0.5}, "room_ratio": 1.1}) == []
-    found = script.problems({"ratio": {"decode": 0.5, "prefill": 0.4}, "room_ratio": 1.2})
-    assert [problem.split()[0] for problem in found] == ["decode", "prefill", "room"]
+    found = script.problems({"ratio": {"decode": 0.5, "prefill": 0.4}, "room_ratio": 1.2, "own_work": 0.06})
+    assert [problem.split()[0] for problem in found] == ["decode", "prefill", "room", "6.0"]
 
 
 def test_the_committed_onnx_speed_is_within_its_limits(imported: Any) -> None:
