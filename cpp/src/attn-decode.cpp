@@ -17,7 +17,7 @@
 
 enum {
     MAX_ROWS   = 32,       // query rows; above, the partial results take more memory than they are worth
-    TILE_BYTES = 96 << 10, // of K, and of V: both lie in the L2 cache while they are fetched and used
+    TILE_BYTES = 48 << 10, // of K, and of V: both lie in the L2 cache while they are fetched and used
 };
 
 // The kernel of K's type; none: ggml's own products are used.
