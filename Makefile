@@ -38,7 +38,7 @@ $(STAMP): $(SETUP_INPUTS)
 
 web: setup ## prepare examples/web: npm packages and the shipped model in ONNX; needs Node 20
 	cd examples/web && npm ci --ignore-scripts --no-fund --no-audit && node vendor.mjs
-	$(BIN)/melt-edge export onnx ouro-tiny examples/web/model --share-kv --n-ctx 512 --force
+	$(BIN)/melt-edge export onnx melt-tiny examples/web/model --n-ctx 512 --force
 	@echo "Next: $(BIN)/python -m http.server -d examples/web, and open http://localhost:8000"
 
 demo: setup ## ask the shipped model a few questions, with and without the shared cache

@@ -21,8 +21,7 @@ from melt_edge.errors import ConfigError
 from melt_edge.export.from_gguf import checkpoint_from_gguf
 from melt_edge.export.genai import export_genai
 from melt_edge.export.genai_verify import Decoder, decoder_logits
-from melt_edge.export.share_kv import share_kv_gguf
-from melt_edge.models import shipped_model_path
+from melt_edge.models import SHIPPED_MODEL, SHIPPED_TEACHER, shipped_model_path
 from melt_edge.models.demo_questions import DEMO_QUESTIONS
 from melt_edge.tasks.greedy import greedy
 from parity.reference import distance, random_tokens, reference_logits, reference_model
@@ -183,11 +182,11 @@ def genai_greedy(model: Any, prompt: list[int], n_tokens: int, **search: Any) ->
     return tokens[:-1] if tokens[-1] == 2 else tokens
 
 
-@pytest.mark.parametrize("kind", ["ouro", "shared"])
-def test_the_shipped_model_says_the_same(kind: str, tmp_path) -> None:
+@pytest.mark.parametrize("name", [SHIPPED_TEACHER, SHIPPED_MODEL])
+def test_the_shipped_model_says_the_same(name: str, tmp_path) -> None:
     """Its own tokenizer and 1, 2 and 4 loops, against llama.cpp."""
     og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this Python")
-    gguf = shipped_model_path() if kind == "ouro" else share_kv_gguf(shipped_model_path(), tmp_path / "shared.gguf")
+    gguf = shipped_model_path(name)
     folder = tmp_path / "genai"
     export_genai(checkpoint_from_gguf(gguf, tmp_path / "checkpoint"), folder, n_ctx=N_CTX, verify=False)
     answers = set()

@@ -16,8 +16,7 @@ import melt_edge
 from melt_edge.checkpoint import load_model
 from melt_edge.export.from_gguf import checkpoint_from_gguf
 from melt_edge.export.onnx import export_onnx
-from melt_edge.export.share_kv import share_kv_gguf
-from melt_edge.models import shipped_model_path
+from melt_edge.models import SHIPPED_MODEL, SHIPPED_TEACHER, shipped_model_path
 from melt_edge.models.demo_questions import DEMO_QUESTIONS
 from melt_edge.runtime.gguf_check import check_gguf, config_from_gguf
 from melt_edge.tasks.greedy import greedy
@@ -53,16 +52,16 @@ def check_page(folder: Path, asked: list[dict[str, Any]], texts: list[str] | Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ouro", "shared"])
-def test_the_shipped_model_answers_as_in_python(kind: str, tmp_path: Path) -> None:
-    gguf = shipped_model_path() if kind == "ouro" else share_kv_gguf(shipped_model_path(), tmp_path / "shared.gguf")
+@pytest.mark.parametrize("name", [SHIPPED_TEACHER, SHIPPED_MODEL])
+def test_the_shipped_model_answers_as_in_python(name: str, tmp_path: Path) -> None:
+    gguf = shipped_model_path(name)
     folder = tmp_path / "model"
     export_onnx(checkpoint_from_gguf(gguf, tmp_path / "checkpoint"), folder, n_ctx=N_CTX, verify=False)
     asked = [{"question": question, "loops": 4} for question in DEMO_QUESTIONS]
     asked += [{"question": question, "loops": loops} for loops in (1, 2, 7) for question in list(DEMO_QUESTIONS)[:2]]
     found = check_page(folder, asked, TEXTS)
     for loops in (1, 2, 4, 7):
-        with melt_edge.load(gguf, kv_type="f32", n_ctx=N_CTX, n_threads=1, loops=loops) as model:
+        with melt_edge.load(folder, n_threads=1, loops=loops) as model:
             for given, answer in zip(asked, found["answers"], strict=True):
                 if given["loops"] == loops:
                     options = {"temperature": 0.0, "repeat_penalty": 1.0, "max_tokens": MAX_TOKENS}
@@ -75,7 +74,7 @@ def test_the_shipped_model_answers_as_in_python(kind: str, tmp_path: Path) -> No
 
     config = config_from_gguf(check_gguf(gguf))
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-    own, other = ("perLoop", "shared") if kind == "ouro" else ("shared", "perLoop")
+    own, other = ("perLoop", "shared") if name == SHIPPED_TEACHER else ("shared", "perLoop")
     for given, answer in zip(asked, found["answers"], strict=True):
         assert (answer[own]["kind"], answer[other]["kind"]) == ("measured", "computed")
         assert int(answer["shared"]["bytes"]) == row * N_CTX

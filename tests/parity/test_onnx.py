@@ -17,7 +17,7 @@ from melt_edge.export.from_gguf import checkpoint_from_gguf
 from melt_edge.export.onnx import export_onnx
 from melt_edge.export.onnx_quantize import BlockFormat, dequantize_rows, quantize_rows
 from melt_edge.export.onnx_verify import LoopSteps, folder_logits
-from melt_edge.models import shipped_model_path
+from melt_edge.models import SHIPPED_TEACHER, shipped_model_path
 from melt_edge.models.demo_questions import DEMO_QUESTIONS
 from parity.reference import distance, kl_divergence, random_tokens, reference_logits, reference_model
 from parity.test_logits import LIMIT, MODELS, N_DECODE, N_TOKENS, WHOLE, cases
@@ -186,13 +186,13 @@ SHIPPED_KL_LIMITS = {"fp16": 6e-6, "int8": 1e-3, "int4": 0.1}
 
 @pytest.fixture(scope="module")
 def shipped_checkpoint(tmp_path_factory) -> Path:
-    return checkpoint_from_gguf(shipped_model_path(), tmp_path_factory.mktemp("shipped") / "ouro-tiny")
+    return checkpoint_from_gguf(shipped_model_path(SHIPPED_TEACHER), tmp_path_factory.mktemp("shipped") / SHIPPED_TEACHER)
 
 
 @pytest.mark.parametrize("share_kv", [False, True])
 def test_a_trained_model_stays_closer(shipped_checkpoint, tmp_path, share_kv: bool) -> None:
     """On the demo's questions and answers, as tests/test_shipped_model.py has it for GGUF."""
-    with melt_edge.load(shipped_model_path(), n_threads=1) as model:
+    with melt_edge.load(shipped_model_path(SHIPPED_TEACHER), n_threads=1) as model:
         texts = [
             model.tokenize(model.render_chat([{"role": "user", "content": question}]) + answer + "<|im_end|>")
             for question, answer in DEMO_QUESTIONS.items()
