@@ -186,7 +186,8 @@ SHIPPED_KL_LIMITS = {"fp16": 6e-6, "int8": 1e-3, "int4": 0.1}
 
 @pytest.fixture(scope="module")
 def shipped_checkpoint(tmp_path_factory) -> Path:
-    return checkpoint_from_gguf(shipped_model_path(SHIPPED_TEACHER), tmp_path_factory.mktemp("shipped") / SHIPPED_TEACHER)
+    folder = tmp_path_factory.mktemp("shipped") / SHIPPED_TEACHER
+    return checkpoint_from_gguf(shipped_model_path(SHIPPED_TEACHER), folder)
 
 
 @pytest.mark.parametrize("share_kv", [False, True])
