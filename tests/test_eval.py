@@ -226,6 +226,7 @@ def test_table_of_all_tasks() -> None:
         (["ouro-tiny", "--task", "sums"], 1, "'sums' is not a task, expected one of: chain, nested, pointers, all"),
         (["ouro-tiny", "--task", "chain", "--split", "training"], 1, "expected test or validation"),
         (["ouro-tiny", "--task", "chain", "--n", "0"], 2, "--n"),
+        (["ouro-tiny", "--task", "chain", "--max-steps", "9"], 2, "--max-steps"),
         (["ouro-tiny", "--task", "chain", "--loops", "65"], 2, "--loops"),
         (["ouro-tiny"], 2, "--task"),
         (["/nowhere.gguf", "--task", "chain"], 1, "/nowhere.gguf: no such file"),

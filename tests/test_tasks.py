@@ -189,6 +189,15 @@ def test_held_out_problems_are_different_and_spread_over_the_steps(name: str, sp
     assert tasks.test_problems(name, 8, 1000, split) != problems
 
 
+@pytest.mark.parametrize("name", [*TASKS, "all"])
+def test_held_out_problems_have_no_more_steps_than_asked_for(name: str) -> None:
+    problems = tasks.test_problems(name, 7, 300, max_steps=3)
+    counts = Counter(p.steps for p in problems)
+    assert set(counts) == set(range(2 if name == "nested" else 1, 4))
+    assert min(counts[steps] for steps in (2, 3)) >= 90
+    assert {p.split for p in problems} == {"test"}
+
+
 def test_training_problems_take_every_task_and_number_of_steps() -> None:
     rng = Random(4)
     drawn = Counter((p.task, p.steps) for p in (training_problem(rng) for _ in range(4000)))
@@ -254,9 +263,10 @@ def test_only_the_last_word_answers(text: str, right: bool) -> None:
         (lambda: training_problem(Random(0), max_steps=0), r"max_steps is 0, task \w+ has 1 to 8"),
         (lambda: tasks.test_problems("sums", 0, 1), r"'sums' is not a task"),
         (lambda: tasks.test_problems("chain", 0, 0), r"number of problems is 0"),
+        (lambda: tasks.test_problems("chain", 0, 1, max_steps=9), r"max_steps is 9, expected 1 to 8"),
         (lambda: tasks.test_problems("chain", 0, 1, "training"), r"split is 'training', expected test or validation"),
     ],
-    ids=["steps", "training task", "no task", "max_steps", "task", "count", "split"],
+    ids=["steps", "training task", "no task", "max_steps", "task", "count", "most steps", "split"],
 )
 def test_wrong_arguments_are_told(call: object, said: str) -> None:
     assert callable(call)

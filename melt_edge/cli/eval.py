@@ -16,7 +16,7 @@ from rich.table import Table
 from melt_edge.cli.console import Stopwatch, err, out, print_json, safe, show_library_warnings, status
 from melt_edge.cli.options import Debug, ExitThreshold, Json, Loops, Threads, is_onnx, model_path, option
 from melt_edge.errors import ConfigError
-from melt_edge.tasks import ALL_TASKS, TASKS, test_problems
+from melt_edge.tasks import ALL_TASKS, MAX_STEPS, TASKS, test_problems
 
 if TYPE_CHECKING:
     from melt_edge.tasks.evaluate import Scores
@@ -35,6 +35,9 @@ def evaluate(
     n: Annotated[
         int, option("--n", "-n", metavar="N", min=1, show=True, help="Problems, of all steps in turn.")
     ] = 1000,
+    max_steps: Annotated[
+        int, option("--max-steps", metavar="N", min=1, max=MAX_STEPS, show=True, help="Steps of the longest problems.")
+    ] = MAX_STEPS,
     seed: Annotated[int, option("--seed", metavar="N", min=0, show=True, help="Chooses the problems.")] = 0,
     split: Annotated[
         str, option("--split", metavar="NAME", show=True, help="test, or validation to choose settings with.")
@@ -76,11 +79,12 @@ def evaluate(
 
       melt-edge eval ouro.gguf --task chain
       melt-edge eval ouro.gguf --task all --n 5000 --loops 2
+      melt-edge eval melt-tiny --task pointers --max-steps 4 --chunk 1
       melt-edge eval melt.gguf --task nested --chunk 1 --json
       melt-edge eval my-checkpoint/ --task pointers --split validation
     """
     show_library_warnings()
-    problems = test_problems(task, seed, n, split)
+    problems = test_problems(task, seed, n, split, max_steps)
     watch = Stopwatch()
     with _open(
         model, loops=loops, chunk=chunk, threads=threads, exit_threshold=exit_threshold, max_tokens=max_tokens
@@ -89,7 +93,7 @@ def evaluate(
 
         with _progress(len(problems)) as progress:
             scores = run(solver, problems, progress)
-        about = {"model": str(model), "task": task, "split": split, "seed": seed}
+        about = {"model": str(model), "task": task, "split": split, "seed": seed, "max_steps": max_steps}
         about |= {"loops": solver.loops, "chunk": solver.chunk}
     if as_json:
         print_json(_as_json(scores, about, watch.seconds))
@@ -170,7 +174,9 @@ def _show(scores: Scores, about: dict[str, Any], seconds: float) -> None:
     _add(table, "all", total(scores))
     chunk = f", chunks of {about['chunk']}" if about["chunk"] else ""
     everything = total(scores)
-    title = f"{about['model']}: {about['task']}, {everything.count} {about['split']} problems of seed {about['seed']}"
+    steps = "" if about["max_steps"] == MAX_STEPS else f" of at most {about['max_steps']} steps"
+    problems = f"{everything.count} {about['split']} problems{steps} of seed {about['seed']}"
+    title = f"{about['model']}: {about['task']}, {problems}"
     out().print(f"[bold]{escape(safe(title))}[/]", soft_wrap=True)
     out().print(f"{about['loops']} loops{chunk}; {_guess(about['task'])}; {seconds:.1f} s", soft_wrap=True)
     out().print(table)

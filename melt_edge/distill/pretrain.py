@@ -33,11 +33,8 @@ def loop_loss(
     ``model.config`` keeps. is_answer: tokens to be learned; all but those are context.
     Shapes: tokens (B, n) int64, is_answer (B, n) bool.
     """
-    cache = KVCache(model.config)
-    chunks = [model.forward_chunk(chunk, cache) for chunk in tokens[:, :-1].tensor_split(list(cuts), dim=1)]
     wanted = is_answer[:, 1:]  # (B, n - 1): the next token is part of an answer
-    states = torch.cat([s for s, _ in chunks], dim=2)[:, wanted]  # (T, M, D), M answer tokens
-    exits = torch.cat([e for _, e in chunks], dim=2)[:, wanted]  # (T, M)
+    states, exits = _unroll(model, tokens, wanted, cuts)  # (T, M, D) and (T, M), M answer tokens
     logits = model.lm_head(states)  # (T, M, V)
     targets = tokens[:, 1:][wanted].expand(logits.shape[0], -1)  # (T, M)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(exits)
@@ -45,6 +42,32 @@ def loop_loss(
     entropy = -(p * p.clamp_min(1e-9).log()).sum(0)  # (M,)
     loss = losses[-1] + (p * losses).sum(0) - entropy_weight * entropy
     return loss.mean(), losses.mean(1).detach()
+
+
+def guided_loss(model: LoopLM, tokens: Tensor, guide: Tensor, cuts: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """A loss that tells every loop what it is to say, for the beginning of a training, and that of every loop (T,).
+
+    Where an answer takes several steps, the loops before the last are given the stations on the way; they
+    do not find them from the answer alone as soon. The mean of the loops' losses, plus the last one's own;
+    the exit gate is not trained by it. guide: -1 where nothing is to be said.
+    Shapes: tokens (B, n) int64, guide (T, B, n - 1) int64.
+    """
+    wanted = (guide >= 0).any(0)  # (B, n - 1)
+    states, _ = _unroll(model, tokens, wanted, cuts)  # (T, M, D)
+    said = guide[:, wanted]  # (T, M)
+    logits = model.lm_head(states).transpose(1, 2)  # (T, V, M)
+    given = said >= 0
+    losses = F.cross_entropy(logits, said.clamp_min(0), reduction="none") * given  # (T, M)
+    losses = losses.sum(1) / given.sum(1).clamp_min(1)
+    return losses.mean() + losses[-1], losses.detach()
+
+
+def _unroll(model: LoopLM, tokens: Tensor, wanted: Tensor, cuts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """States (T, M, D) and exit probabilities (T, M) of the wanted places; every token but the last is read."""
+    cache = KVCache(model.config)
+    chunks = [model.forward_chunk(chunk, cache) for chunk in tokens[:, :-1].tensor_split(list(cuts), dim=1)]
+    states = torch.cat([s for s, _ in chunks], dim=2)[:, wanted]
+    return states, torch.cat([e for _, e in chunks], dim=2)[:, wanted]
 
 
 def exit_distribution(exits: Tensor) -> Tensor:

@@ -48,20 +48,28 @@ def training_problem(rng: Random, names: Sequence[str] | None = None, max_steps:
             return problem
 
 
-def test_problems(name: str, seed: int, count: int, split: str = "test") -> list[Problem]:  # noqa: PT028 no test
-    """``count`` different held-out problems of a task, or of "all": every number of steps in turn.
+def test_problems(
+    name: str,
+    seed: int,
+    count: int,
+    split: str = "test",  # noqa: PT028 no test
+    max_steps: int = MAX_STEPS,  # noqa: PT028
+) -> list[Problem]:
+    """``count`` different held-out problems of a task, or of "all": every number of steps up to ``max_steps`` in turn.
 
     A number of steps that has no more problems (nested has none of one step) leaves its turn to the
     others. The first problems of a longer list are those of a shorter one.
-    Raises: ConfigError for an unknown task or split, or a count below 1.
+    Raises: ConfigError for an unknown task or split, a count below 1, or steps that no task has.
     """
     tasks = list(TASKS.values()) if name == ALL_TASKS else [_task(name, also=[ALL_TASKS])]
     if split not in ("test", "validation"):
         raise ConfigError(f"split is {split!r}, expected test or validation")
     if count < 1:
         raise ConfigError(f"the number of problems is {count}, expected at least 1")
+    if not 1 <= max_steps <= MAX_STEPS:
+        raise ConfigError(f"max_steps is {max_steps}, expected 1 to {MAX_STEPS}")
     rng = Random(f"{split} {name} {seed}")
-    turns = [(task, steps) for steps in range(1, MAX_STEPS + 1) for task in tasks if steps <= task.max_steps]
+    turns = [(task, steps) for steps in range(1, max_steps + 1) for task in tasks if steps <= task.max_steps]
     problems: dict[str, Problem] = {}
     while turns:
         for turn in list(turns):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from distill.common import small_teacher, student_of
-from melt_edge.distill.pretrain import exit_distribution, loop_loss
-from melt_edge.modeling import LoopLM
+from melt_edge.distill.pretrain import exit_distribution, guided_loss, loop_loss
+from melt_edge.modeling import KVCache, LoopLM
 
 
 def test_the_exit_distribution_adds_up_to_1_and_the_last_loop_takes_the_rest() -> None:
@@ -29,8 +29,6 @@ def test_the_loss_is_the_formula() -> None:
     model, tokens, is_answer = model_and_row()
     with torch.no_grad():
         loss, losses = loop_loss(model, tokens, is_answer, entropy_weight=0.3)
-        from melt_edge.modeling import KVCache
-
         states, exits = model.forward_chunk(tokens[:, :-1], KVCache(model.config))
         log_q = torch.log_softmax(model.lm_head(states), -1)  # (T, 1, n, V)
         by_hand = [
@@ -61,3 +59,18 @@ def test_cuts_matter_for_a_shared_cache_alone() -> None:
             layer.self_attn.config = model.config
         shared = loop_loss(model, tokens, is_answer, [3, 7])[0]
     assert not torch.allclose(whole, shared, atol=1e-3)
+
+
+def test_a_guided_loop_is_told_what_to_say() -> None:
+    model, tokens, _ = model_and_row()
+    guide = torch.full((2, 1, 11), -1)
+    guide[:, 0, 4], guide[1, 0, 7] = torch.tensor([3, 5]), 6  # the first loop is told nothing at place 7
+    with torch.no_grad():
+        loss, losses = guided_loss(model, tokens, guide)
+        states, _ = model.forward_chunk(tokens[:, :-1], KVCache(model.config))
+        log_q = torch.log_softmax(model.lm_head(states), -1)  # (T, 1, n, V)
+    expected = torch.stack([-log_q[0, 0, 4, 3], -(log_q[1, 0, 4, 5] + log_q[1, 0, 7, 6]) / 2])
+    assert torch.allclose(losses, expected)
+    assert torch.allclose(loss, expected.mean() + expected[-1])
+    with torch.no_grad():
+        assert torch.allclose(loss, guided_loss(model, tokens, guide, [3, 7])[0], atol=1e-5)
