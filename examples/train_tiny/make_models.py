@@ -12,17 +12,19 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
-from problems import held_out_problems, is_correct, training_problem
+from problems import Problem, held_out_problems, is_correct
 from rich.console import Console
-from tables import accuracy_table
+from rows import messages
+from tables import sums_table, task_tables
 from train import Settings, save_teacher, train
 
 from melt_edge.distill.distributed import joined_world
@@ -31,13 +33,15 @@ from melt_edge.distill.settings import preset
 from melt_edge.distill.trainer import Report
 from melt_edge.export.gguf import export_gguf
 from melt_edge.files import atomic_output
+from melt_edge.tasks import ALL_TASKS, test_problems
+from melt_edge.tasks.evaluate import Scores, by_steps, by_task, evaluate, total
 from melt_edge.tasks.score import Score
 from melt_edge.tasks.solvers import FileSolver
 
 TEACHER, STUDENT = "ouro-tiny", "melt-tiny"
 FILE_TYPES = {TEACHER: "f32", STUDENT: "f16"}
-# Held-out problems to measure on.
-PROBLEMS = 5000
+# Test problems of the tasks, held-out sums.
+TASK_PROBLEMS, SUMS = 5000, 5000
 
 
 class Maker:
@@ -57,7 +61,7 @@ class Maker:
         self.out.mkdir(parents=True, exist_ok=True)
         if TEACHER not in self.seconds:
             with self.timed(TEACHER):
-                save_teacher(self.out / TEACHER, *train(self.teacher, self.console))
+                train(self.teacher, self.console, partial(save_teacher, self.out / TEACHER))
         if STUDENT not in self.seconds:
             with self.timed(STUDENT):
                 self.write_data()
@@ -79,7 +83,7 @@ class Maker:
         """The conversations that the student learns from, as JSON lines: as many as it reads."""
         rng = Random(f"distill {self.student.seed}")
         count = self.student.total_steps * self.student.batch_size
-        rows = (json.dumps({"messages": conversation(rng)}) for _ in range(count))
+        rows = (json.dumps({"messages": messages(rng, self.teacher.more_mixture)}) for _ in range(count))
         _write(self.out / "problems.jsonl", "\n".join(rows) + "\n")
 
     def distil(self) -> None:
@@ -100,35 +104,47 @@ class Maker:
         shutil.rmtree(self.out / f"{STUDENT}.train")
 
     def measure(self) -> None:
-        """Accuracy of the files on held-out sums: the Ouro with fewer loops too, the MELT one token at a time."""
-        problems = held_out_problems(seed=0, count=self.count)
-        measured: dict[str, Any] = {}
+        """Accuracy of the files on test problems of the steps that were trained and on held-out sums."""
+        tasks: dict[str, Any] = {}
+        sums: dict[str, Any] = {}
+        problems = test_problems(ALL_TASKS, 0, self.count, max_steps=self.teacher.mixture.max_steps)
+        asked = held_out_problems(seed=0, count=min(SUMS, self.count))
         runs = [(TEACHER, loops) for loops in range(1, self.teacher.loops + 1)] + [(STUDENT, self.teacher.loops)]
         for name, loops in runs:
-            # an Ouro's result does not depend on the chunk
-            chunk = 1 if name == STUDENT else None
-            file = self.out / f"{name}.gguf"
-            by_kind = dict.fromkeys([*dict.fromkeys(problem.kind for problem in problems), "all"], Score())
-            with FileSolver(file, loops=loops, chunk=chunk, threads=self.teacher.threads, max_tokens=64) as solver:
-                for index, text in solver.answers([problem.question for problem in problems]):
-                    one = Score(int(is_correct(problems[index], text)), 1)
-                    by_kind[problems[index].kind] += one
-                    by_kind["all"] += one
-            measured[f"{name} T={loops}"] = {kind: found.to_dict() for kind, found in by_kind.items()}
-            self.console.print(f"{name}, T = {loops}: {by_kind['all']}")
+            run = f"{name} T={loops}"
+            # a MELT one token at a time, as it generates; an Ouro's result does not depend on it
+            options: dict[str, Any] = {"loops": loops, "chunk": 1 if name == STUDENT else None}
+            with FileSolver(self.out / f"{name}.gguf", threads=self.teacher.threads, **options) as solver:
+                scores = evaluate(solver, problems)
+            self.console.print(f"{run}, tasks: {total(scores)}")
+            tasks[run] = _numbers(scores)
+            with FileSolver(
+                self.out / f"{name}.gguf", threads=self.teacher.threads, max_tokens=64, **options
+            ) as solver:
+                by_kind = sums_score(solver, asked)
+            self.console.print(f"{run}, sums: {by_kind['all']}")
+            sums[run] = {kind: found.to_dict() for kind, found in by_kind.items()}
         about = {"seconds": self.seconds, "torch": torch.__version__}
-        _write(self.out / "measured.json", json.dumps({**about, "accuracy": measured}, indent=1) + "\n")
-        _write(self.out / "tables.md", accuracy_table(measured))
+        _write(self.out / "measured.json", json.dumps({**about, "tasks": tasks, "sums": sums}, indent=1) + "\n")
+        _write(self.out / "tables.md", f"{task_tables(tasks)}\n{sums_table(sums)}")
 
 
-def conversation(rng: Random) -> list[dict[str, str]]:
-    """One or two questions with their answers, as a line of the student's data."""
-    turns = [training_problem(rng) for _ in range(rng.randint(1, 2))]
-    return [
-        {"role": role, "content": text}
-        for problem in turns
-        for role, text in (("user", problem.question), ("assistant", problem.answer))
-    ]
+def sums_score(solver: FileSolver, problems: Sequence[Problem]) -> dict[str, Score]:
+    """The score of each kind of sums, "all" last."""
+    by_kind = dict.fromkeys([*dict.fromkeys(problem.kind for problem in problems), "all"], Score())
+    for index, text in solver.answers([problem.question for problem in problems]):
+        one = Score(int(is_correct(problems[index], text)), 1)
+        by_kind[problems[index].kind] += one
+        by_kind["all"] += one
+    return by_kind
+
+
+def _numbers(scores: Scores) -> dict[str, Any]:
+    return {
+        **total(scores).to_dict(),
+        "by_difficulty": {str(steps): found.to_dict() for steps, found in by_steps(scores).items()},
+        "by_task": {name: found.to_dict() for name, found in by_task(scores).items()},
+    }
 
 
 def _write(path: Path, text: str) -> None:
@@ -140,12 +156,15 @@ def main() -> None:
     """The command line; the defaults are those that made the shipped models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for checkpoints, GGUF files and numbers")
-    parser.add_argument("--steps", type=int, default=Settings.steps, help="of the teacher (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="first stage (default: %(default)s)")
+    parser.add_argument("--more-steps", type=int, default=Settings.more_steps, help="second (default: %(default)s)")
     parser.add_argument("--student-steps", type=int, help="both phases together (default: the preset's)")
-    parser.add_argument("--batch-size", type=int, default=Settings.batch_size)
-    parser.add_argument("--problems", type=int, default=PROBLEMS, help="held-out problems (default: %(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=Settings.batch_tokens)
+    parser.add_argument("--problems", type=int, default=TASK_PROBLEMS, help="test problems (default: %(default)s)")
     arguments = parser.parse_args()
-    teacher = replace(Settings(), steps=arguments.steps, batch_size=arguments.batch_size)
+    teacher = replace(
+        Settings(), steps=arguments.steps, more_steps=arguments.more_steps, batch_tokens=arguments.batch_tokens
+    )
     changes = {}
     if arguments.student_steps is not None:
         transition = arguments.student_steps // 2

@@ -1,18 +1,35 @@
-"""What was measured, as the Markdown table of the model cards."""
+"""What was measured, as the Markdown tables of the model cards."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def accuracy_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Right answers in percent by kind of problem, "all" last with its interval; a column for each measurement."""
+def task_tables(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Accuracy on the tasks by number of steps and by task; a column for each model and number of loops."""
+    first = next(iter(columns.values()))
+    rows: list[tuple[str, list[Mapping[str, Any]]]] = []
+    for steps in first["by_difficulty"]:
+        rows.append(
+            (f"{steps} step{'s' if steps != '1' else ''}", [c["by_difficulty"][steps] for c in columns.values()])
+        )
+    for task in first["by_task"]:
+        rows.append((task, [column["by_task"][task] for column in columns.values()]))
+    rows.append(("**all**", list(columns.values())))
+    return _table("problems", list(columns), rows)
+
+
+def sums_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Accuracy on held-out sums by kind, "all" last."""
     kinds = sorted(next(iter(columns.values())), key=lambda kind: (kind == "all", kind))
-    lines = [f"| problems | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    for kind in kinds:
-        shares = [_share(column[kind], whole=kind == "all") for column in columns.values()]
-        lines.append(f"| {kind} | {' | '.join(shares)} |")
+    return _table("problems", list(columns), [(kind, [c[kind] for c in columns.values()]) for kind in kinds])
+
+
+def _table(corner: str, names: Sequence[str], rows: Sequence[tuple[str, list[Mapping[str, Any]]]]) -> str:
+    lines = [f"| {corner} | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for name, scores in rows:
+        lines.append(f"| {name} | {' | '.join(_share(score, whole=name == rows[-1][0]) for score in scores)} |")
     return "\n".join(lines) + "\n"
 
 

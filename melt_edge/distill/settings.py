@@ -176,8 +176,8 @@ PRESETS: dict[str, Settings] = {
         data=("task:all",),
         chunk_size=(2, 4, 8),
         model_chunk_size=8,
-        transition_steps=70,
-        alignment_steps=100,
+        transition_steps=200,
+        alignment_steps=200,
         # The alignment sums the squares of all channels: at 0.1 it outweighs the divergence a hundred times here. After
         # 60 steps from one teacher 0.059 nats a token were left at chunk 1, with 0.003 in both phases 0.044.
         beta=0.003,

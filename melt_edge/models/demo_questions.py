@@ -1,6 +1,6 @@
 """The questions of `melt-edge demo`, with the answers that both shipped models give.
 
-All are held out of their training, and chosen among those that ouro-tiny answers rightly with either cache.
+All are held out of their training, and chosen among those that an Ouro like it answered rightly.
 """
 
 from __future__ import annotations
