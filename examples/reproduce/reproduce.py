@@ -1,0 +1,194 @@
+"""The paper's claims about MELT, measured on models small enough for a CPU: one command, a table, a plot.
+
+    python examples/reproduce/reproduce.py OUT_FOLDER
+
+Trains a teacher for every seed, distils a student of it for every row, and counts right answers on test problems,
+decoding one token at a time. Stop it at any time; the same command goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from rich.console import Console
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE.parent / "train_tiny"), str(ROOT / "benchmarks")]
+
+from experiments import EXPERIMENTS, MAX_STEPS, NUM_LOOPS, TASK, Experiment, student_settings  # noqa: E402
+from report import write_report  # noqa: E402
+from rows import Mixture, messages  # noqa: E402
+from scoring import view  # noqa: E402
+from train import Settings as TeacherSettings  # noqa: E402
+from train import save_teacher, train  # noqa: E402
+
+from melt_edge.checkpoint import Checkpoint  # noqa: E402
+from melt_edge.distill.distributed import joined_world  # noqa: E402
+from melt_edge.distill.models import load_student  # noqa: E402
+from melt_edge.distill.run import distill  # noqa: E402
+from melt_edge.distill.settings import Settings, preset  # noqa: E402
+from melt_edge.files import atomic_output  # noqa: E402
+from melt_edge.modeling import LoopLM  # noqa: E402
+from melt_edge.tasks import test_problems  # noqa: E402
+from melt_edge.tasks.evaluate import by_steps, evaluate, total  # noqa: E402
+from melt_edge.tasks.solvers import ReferenceSolver, checkpoint_text  # noqa: E402
+from provenance import provenance  # noqa: E402
+
+MIXTURE = Mixture(sums_share=0.0, tasks=(TASK,), max_steps=MAX_STEPS)
+# A plain Ouro: nothing of its training knows of a shared row, other than the shipped one's.
+TEACHER = TeacherSettings(steps=1000, more_steps=0, mixture=MIXTURE, shared_kv_share=0.0)
+# Of every student, besides the preset "tiny"; a run is kept whole or not at all.
+STUDENT: dict[str, Any] = {"save_every": 100_000}
+TEST_SEED = 0
+
+
+def write_data(path: Path, seed: int, count: int) -> None:
+    """The conversations that the students of a seed learn from."""
+    rng = Random(f"distill {seed}")
+    with atomic_output(path, force=True) as part:
+        lines = (json.dumps({"messages": messages(rng, MIXTURE)}) + "\n" for _ in range(count))
+        part.write_text("".join(lines), encoding="utf-8")
+
+
+class Reproduction:
+    """All runs, each done once: what is in ``runs.jsonl`` is not done again."""
+
+    def __init__(self, out: Path, arguments: argparse.Namespace, console: Console) -> None:
+        self.out, self.console = out, console
+        steps = (
+            {}
+            if arguments.student_steps is None
+            else {
+                "transition_steps": arguments.student_steps // 2,
+                "alignment_steps": arguments.student_steps - arguments.student_steps // 2,
+            }
+        )
+        self.student = preset("tiny").changed({**STUDENT, **steps}, source="the students")
+        self.problems = test_problems(TASK, TEST_SEED, arguments.n, max_steps=MAX_STEPS)
+        self.seeds, self.ablation_seeds = arguments.seeds, arguments.ablation_seeds
+        self.teacher = replace(TEACHER, steps=arguments.teacher_steps)
+        self.only = arguments.only
+        self.log = out / "runs.jsonl"
+        out.mkdir(parents=True, exist_ok=True)
+        self.runs = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+    def run(self) -> None:
+        """Every run that is missing, seed by seed."""
+        for seed in self.seeds:
+            teacher = self.teacher_of(seed)
+            data = self.out / f"data-{seed}.jsonl"
+            if not data.exists():
+                write_data(data, seed, self.student.total_steps * self.student.batch_size)
+            for experiment in EXPERIMENTS:
+                wanted = experiment.main or seed in self.ablation_seeds
+                if wanted and (not self.only or experiment.key in self.only) and not self.has(experiment.key, seed):
+                    self.measure(experiment, seed, teacher)
+
+    def teacher_of(self, seed: int) -> Path:
+        """The teacher's checkpoint; trained if it is not there."""
+        path = self.out / f"teacher-{seed}"
+        if not path.exists():
+            self.console.rule(f"teacher, seed {seed}")
+            began = time.monotonic()
+            model, tokenizer = train(replace(self.teacher, seed=seed), self.console)
+            save_teacher(path, model, tokenizer)
+            self.add({"row": "training the teacher", "seed": seed, "seconds": time.monotonic() - began})
+        return path
+
+    def has(self, key: str, seed: int) -> bool:
+        """True if the run was done."""
+        return any((run["row"], run["seed"]) == (key, seed) for run in self.runs)
+
+    def measure(self, experiment: Experiment, seed: int, teacher: Path) -> None:
+        """One run: train where the row asks for it, then count right answers."""
+        began = time.monotonic()
+        if experiment.changes is None:
+            model: LoopLM = load_student(teacher)
+            config = model.config.with_loops(experiment.loops or NUM_LOOPS)
+            model = view(model, config.share_kv() if experiment.shared else config)
+        else:
+            self.console.rule(f"{experiment.name}, seed {seed}")
+            model = self.distilled(experiment, seed, teacher)
+        with Checkpoint.open(teacher) as checkpoint:
+            tokenizer, frame, end_tokens = checkpoint_text(checkpoint)
+        solver = ReferenceSolver(model, tokenizer, frame=frame, end_tokens=end_tokens, chunk=1, max_tokens=4)
+        scores = evaluate(solver, self.problems)
+        found = total(scores)
+        by_difficulty = {str(steps): score.to_dict() for steps, score in by_steps(scores).items()}
+        run = {"row": experiment.key, "seed": seed, **found.to_dict(), "by_difficulty": by_difficulty}
+        self.add({**run, "seconds": time.monotonic() - began})
+        self.console.print(f"{experiment.name}, seed {seed}: {found}")
+
+    def distilled(self, experiment: Experiment, seed: int, teacher: Path) -> LoopLM:
+        """The student of a row."""
+        settings: Settings = student_settings(self.student, experiment.changes or {}, seed)
+        settings = settings.changed({"data": [str(self.out / f"data-{seed}.jsonl")]}, source="the data")
+        path = self.out / f"{experiment.key}-{seed}"
+        every = max(1, settings.total_steps // 5)
+
+        def report(step: Any) -> None:
+            if step.step % every == 0 or step.step + 1 == settings.total_steps:
+                self.console.print(
+                    f"step {step.step:4d}  alpha {step.alpha:.2f}  divergence {step.kd:.4f}  "
+                    f"alignment {step.alignment:.3f}  {step.tokens / step.seconds:.0f} tokens/s"
+                )
+
+        with joined_world("cpu") as world:
+            distill(teacher, path, settings, world, resume=True, report=report)
+        return load_student(path)
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Keep a run's numbers."""
+        self.runs.append(run)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(run) + "\n")
+
+    def about(self) -> dict[str, Any]:
+        """What the numbers belong to."""
+        return {
+            **provenance(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "task": TASK,
+            "max_steps": MAX_STEPS,
+            "problems": len(self.problems),
+            "seconds": round(sum(run["seconds"] for run in self.runs)),
+            "teacher": asdict(self.teacher),
+            "student": self.student.to_dict(),
+        }
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for models, numbers, table and plot")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="of the main rows (default: 1 2 3)")
+    parser.add_argument("--ablation-seeds", type=int, nargs="*", default=[1], help="of the other rows (default: 1)")
+    parser.add_argument("--only", nargs="*", metavar="ROW", help="these rows: " + ", ".join(e.key for e in EXPERIMENTS))
+    parser.add_argument("-n", type=int, default=1000, help="test problems (default: 1000)")
+    parser.add_argument("--teacher-steps", type=int, default=TEACHER.steps, help="default: %(default)s")
+    parser.add_argument("--student-steps", type=int, help="both phases together (default: 400)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run what is missing, then write table and plot of everything there is."""
+    arguments = parse_arguments()
+    torch.set_num_threads(1)  # models this small: a second thread waits longer than it helps
+    work = Reproduction(arguments.out, arguments, Console())
+    work.run()
+    write_report(arguments.out, work.runs, work.about())
+    work.console.print((arguments.out / "results.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
