@@ -174,8 +174,8 @@ def _show(scores: Scores, about: dict[str, Any], seconds: float) -> None:
     _add(table, "all", total(scores))
     chunk = f", chunks of {about['chunk']}" if about["chunk"] else ""
     everything = total(scores)
-    steps = "" if about["max_steps"] == MAX_STEPS else f" of at most {about['max_steps']} steps"
-    problems = f"{everything.count} {about['split']} problems{steps} of seed {about['seed']}"
+    limit = "" if about["max_steps"] == MAX_STEPS else f" of at most {about['max_steps']} steps"
+    problems = f"{everything.count} {about['split']} problems{limit} of seed {about['seed']}"
     title = f"{about['model']}: {about['task']}, {problems}"
     out().print(f"[bold]{escape(safe(title))}[/]", soft_wrap=True)
     out().print(f"{about['loops']} loops{chunk}; {_guess(about['task'])}; {seconds:.1f} s", soft_wrap=True)
