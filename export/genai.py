@@ -13,7 +13,6 @@ from melt_edge.errors import BackendUnavailableError, ConfigError
 from melt_edge.export.gguf import check_disk, target_config
 from melt_edge.export.metadata import provenance, sampling_values
 from melt_edge.export.onnx import (
-    PRECISIONS,
     OnnxReport,
     context_size,
     quantisation,
@@ -65,8 +64,6 @@ def export_genai(
         raise BackendUnavailableError("writing ONNX needs the package onnx; install melt-edge[export]") from err
 
     out = Path(out)
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     quantised = quantisation(precision, False, block_size, symmetric, accuracy_level)
     with Checkpoint.open(checkpoint) as source, atomic_folder(out, force=force) as folder:
         config = target_config(source.config, share_kv=share_kv, chunk_size=chunk_size)

@@ -89,8 +89,6 @@ def export_onnx(
         raise BackendUnavailableError("writing ONNX needs the package onnx; install melt-edge[export]") from err
 
     out = Path(out)
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     quantised = quantisation(precision, portable, block_size, symmetric, accuracy_level)
     with Checkpoint.open(checkpoint) as source, atomic_folder(out, force=force) as folder:
         config = target_config(source.config, share_kv=share_kv, chunk_size=chunk_size)
@@ -140,7 +138,11 @@ def context_size(config: LoopConfig, n_ctx: int | None) -> int:
 def quantisation(
     precision: str, portable: bool, block_size: int | None, symmetric: bool | None, accuracy_level: int | None
 ) -> dict[str, Any]:
-    """Layout's fields for quantised matrices. Raises: ConfigError for one that the precision does not have."""
+    """Layout's fields for quantised matrices. Raises: ConfigError for an unknown precision, or for a
+    field that it does not have.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     given = {"block_size": block_size, "symmetric": symmetric, "accuracy_level": accuracy_level}
     if precision not in ("int8", "int4"):
         asked = [key for key, value in given.items() if value is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from melt_edge.config import MAX_LOOPS, MAX_SLOTS, LoopConfig
 from melt_edge.errors import ConfigError
@@ -13,6 +14,9 @@ from melt_edge.runtime.gguf_check import GGUFInfo, config_from_gguf
 from melt_edge.runtime.machine import usable_cores
 from melt_edge.runtime.memory import KV_TYPES, Estimate, estimate
 from melt_edge.runtime.text import shown
+
+if TYPE_CHECKING:
+    from melt_edge.runtime.onnx_folder import OnnxFolder
 
 logger = logging.getLogger(__name__)
 
@@ -108,18 +112,31 @@ def estimate_file(file: GGUFInfo, settings: Settings) -> Estimate:
 
 def model_info(file: GGUFInfo, settings: Settings, *, backend: str) -> ModelInfo:
     """What Model.info shows of a file opened with these settings."""
-    config, trained = settings.config, settings.trained
     by_type: Counter[str] = Counter()
     for tensor in file.tensors:
         if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
             by_type[tensor.type] += tensor.nbytes
     name = file.metadata.get("general.name")
+    return settings_info(
+        file,
+        settings,
+        name=name if isinstance(name, str) else file.path.stem,
+        quantisation=by_type.most_common(1)[0][0].lower(),
+        backend=backend,
+    )
+
+
+def settings_info(
+    source: GGUFInfo | OnnxFolder, settings: Settings, *, name: str, quantisation: str, backend: str
+) -> ModelInfo:
+    """What Model.info shows, for every backend."""
+    config, trained = settings.config, settings.trained
     return ModelInfo(
         architecture=config.model_type,
-        path=file.path,
-        name=name if isinstance(name, str) else file.path.stem,
-        n_params=file.n_params,
-        file_bytes=file.file_bytes,
+        path=source.path,
+        name=name,
+        n_params=source.n_params,
+        file_bytes=source.file_bytes,
         num_loops=config.num_loops,
         trained_loops=trained.num_loops,
         chunk_size=settings.chunk,
@@ -134,10 +151,12 @@ def model_info(file: GGUFInfo, settings: Settings, *, backend: str) -> ModelInfo
         head_dim=config.head_dim,
         n_embd=config.hidden_size,
         n_vocab=config.vocab_size,
-        quantisation=by_type.most_common(1)[0][0].lower(),
+        quantisation=quantisation,
         kv_type=settings.kv_type,
         n_threads=settings.n_threads,
         backend=backend,
+        provider=settings.provider,
+        exit_threshold=settings.exit_threshold,
     )
 
 

@@ -149,18 +149,8 @@ class OrtBackend(VocabularyText):
         self._has_logits = False
 
     def _header(self, n_payload: int) -> StateHeader:
-        info = self.info
-        return StateHeader(
-            model=self._digest,
-            architecture=info.architecture,
-            num_loops=info.num_loops,
-            # A context shorter than a chunk cuts nothing that fits into it.
-            chunk_size=self.settings.wanted_chunk,
-            kv_type=info.kv_type,
-            n_ctx=info.n_ctx,
-            n_tokens=self.n_tokens,
-            payload_bytes=n_payload,
-        )
+        chunk = self.settings.wanted_chunk
+        return StateHeader.of(self.info, self._digest, chunk_size=chunk, n_tokens=self.n_tokens, n_payload=n_payload)
 
     @property
     def _layout(self) -> RowLayout:

@@ -14,6 +14,7 @@ from melt_edge.runtime.options import (
     checked_chunk,
     checked_ctx,
     checked_threads,
+    settings_info,
     with_loops,
 )
 from melt_edge.runtime.ort_loop import ExitRule
@@ -97,34 +98,7 @@ def estimate_folder(folder: OnnxFolder, settings: Settings) -> Estimate:
 
 def folder_info(folder: OnnxFolder, settings: Settings) -> ModelInfo:
     """What Model.info shows of a folder opened with these settings."""
-    config, trained = settings.config, settings.trained
-    return ModelInfo(
-        architecture=config.model_type,
-        path=folder.path,
-        name=folder.name,
-        n_params=folder.n_params,
-        file_bytes=folder.file_bytes,
-        num_loops=config.num_loops,
-        trained_loops=trained.num_loops,
-        chunk_size=settings.chunk,
-        trained_chunk_size=trained.chunk_size if trained.shares_kv else None,
-        kv_gate=config.kv_gate,
-        kv_gate_init=config.kv_gate_init,
-        n_ctx=settings.n_ctx,
-        n_ctx_train=config.max_position_embeddings,
-        n_layer=config.num_hidden_layers,
-        n_head=config.num_attention_heads,
-        n_head_kv=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        n_embd=config.hidden_size,
-        n_vocab=config.vocab_size,
-        quantisation=folder.precision,
-        kv_type=settings.kv_type,
-        n_threads=settings.n_threads,
-        backend="onnx",
-        provider=settings.provider,
-        exit_threshold=settings.exit_threshold,
-    )
+    return settings_info(folder, settings, name=folder.name, quantisation=folder.precision, backend="onnx")
 
 
 def _checked_threshold(threshold: float | None) -> float | None:

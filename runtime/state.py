@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from melt_edge.errors import ConfigError, ContextOverflowError, FormatError
 from melt_edge.files import atomic_output
+from melt_edge.runtime.base import ModelInfo
 from melt_edge.runtime.gguf_check import GGUFInfo
 from melt_edge.runtime.memory import KV_TYPES
 
@@ -56,6 +57,20 @@ class StateHeader:
     n_ctx: int
     n_tokens: int
     payload_bytes: int
+
+    @classmethod
+    def of(cls, info: ModelInfo, digest: str, *, chunk_size: int, n_tokens: int, n_payload: int) -> StateHeader:
+        """The header of a loaded model. A context shorter than a chunk cuts nothing that fits into it."""
+        return cls(
+            model=digest,
+            architecture=info.architecture,
+            num_loops=info.num_loops,
+            chunk_size=chunk_size,
+            kv_type=info.kv_type,
+            n_ctx=info.n_ctx,
+            n_tokens=n_tokens,
+            payload_bytes=n_payload,
+        )
 
 
 class PayloadLayout(Protocol):

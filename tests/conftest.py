@@ -61,14 +61,24 @@ def make_gguf(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeChe
 @pytest.fixture(scope="session")
 def make_onnx(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeCheckpoint) -> MakeOnnx:
     """make_onnx(config, seed=0, **export_options) -> folder, built once; do not write into it."""
-    root = tmp_path_factory.mktemp("onnx")
+    from melt_edge.export.onnx import export_onnx
 
+    return _folder_maker(tmp_path_factory.mktemp("onnx"), make_checkpoint, export_onnx)
+
+
+@pytest.fixture(scope="session")
+def make_genai(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeCheckpoint) -> MakeOnnx:
+    """make_genai(config, seed=0, **export_options) -> genai folder, a graph for the config's loops."""
+    from melt_edge.export.genai import export_genai
+
+    return _folder_maker(tmp_path_factory.mktemp("genai"), make_checkpoint, export_genai, loops=[])
+
+
+def _folder_maker(root: Path, make_checkpoint: MakeCheckpoint, export: Callable[..., Any], **defaults: Any) -> MakeOnnx:
     def make(config: LoopConfig, seed: int = 0, **options: Any) -> Path:
-        from melt_edge.export.onnx import export_onnx
-
         path = root / f"{config.model_type}-{_key(config, seed, sorted(options.items()))}"
         if not path.exists():
-            export_onnx(make_checkpoint(config, seed), path, **{"n_ctx": 128, "verify": False, **options})
+            export(make_checkpoint(config, seed), path, **{"n_ctx": 128, "verify": False, **defaults, **options})
         return path
 
     return make

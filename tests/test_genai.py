@@ -37,22 +37,6 @@ N_CTX = 128
 FUSED = [name for name, config in MODELS.items() if config.head_dim % 16 == 0]
 
 
-@pytest.fixture(scope="session")
-def make_genai(tmp_path_factory, make_checkpoint):
-    """make_genai(config, **export_options) -> folder, built once; do not write into it."""
-    root, made = tmp_path_factory.mktemp("genai"), {}
-
-    def make(config: LoopConfig, **options) -> Path:
-        key = repr((config, sorted(options.items())))
-        if key not in made:
-            out = root / str(len(made))
-            export_genai(make_checkpoint(config), out, **{"n_ctx": N_CTX, "loops": [], "verify": False, **options})
-            made[key] = out
-        return made[key]
-
-    return make
-
-
 def graph_path(folder: Path, config: LoopConfig) -> Path:
     return folder / f"loops-{config.num_loops}.onnx"
 

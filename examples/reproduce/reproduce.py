@@ -14,7 +14,6 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
@@ -25,8 +24,9 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE.parent / "train_tiny"), str(ROOT / "benchmarks")]
 
 from experiments import EXPERIMENTS, MAX_STEPS, NUM_LOOPS, TASK, Experiment, student_settings  # noqa: E402
+from make_models import halved  # noqa: E402
 from report import write_report  # noqa: E402
-from rows import Mixture, messages  # noqa: E402
+from rows import Mixture, write_messages  # noqa: E402
 from scoring import view  # noqa: E402
 from train import Settings as TeacherSettings  # noqa: E402
 from train import save_teacher, train  # noqa: E402
@@ -36,10 +36,9 @@ from melt_edge.distill.distributed import joined_world  # noqa: E402
 from melt_edge.distill.models import load_student  # noqa: E402
 from melt_edge.distill.run import distill  # noqa: E402
 from melt_edge.distill.settings import Settings, preset  # noqa: E402
-from melt_edge.files import atomic_output  # noqa: E402
 from melt_edge.modeling import LoopLM  # noqa: E402
 from melt_edge.tasks import test_problems  # noqa: E402
-from melt_edge.tasks.evaluate import by_steps, evaluate, total  # noqa: E402
+from melt_edge.tasks.evaluate import as_dict, evaluate, total  # noqa: E402
 from melt_edge.tasks.solvers import ReferenceSolver, checkpoint_text  # noqa: E402
 from provenance import provenance  # noqa: E402
 
@@ -51,27 +50,12 @@ STUDENT: dict[str, Any] = {"save_every": 100_000}
 TEST_SEED = 0
 
 
-def write_data(path: Path, seed: int, count: int) -> None:
-    """The conversations that the students of a seed learn from."""
-    rng = Random(f"distill {seed}")
-    with atomic_output(path, force=True) as part:
-        lines = (json.dumps({"messages": messages(rng, MIXTURE)}) + "\n" for _ in range(count))
-        part.write_text("".join(lines), encoding="utf-8")
-
-
 class Reproduction:
     """All runs, each done once: what is in ``runs.jsonl`` is not done again."""
 
     def __init__(self, out: Path, arguments: argparse.Namespace, console: Console) -> None:
         self.out, self.console = out, console
-        steps = (
-            {}
-            if arguments.student_steps is None
-            else {
-                "transition_steps": arguments.student_steps // 2,
-                "alignment_steps": arguments.student_steps - arguments.student_steps // 2,
-            }
-        )
+        steps = {} if arguments.student_steps is None else halved(arguments.student_steps)
         self.student = preset("tiny").changed({**STUDENT, **steps}, source="the students")
         self.problems = test_problems(TASK, TEST_SEED, arguments.n, max_steps=MAX_STEPS)
         self.seeds, self.ablation_seeds = arguments.seeds, arguments.ablation_seeds
@@ -87,7 +71,7 @@ class Reproduction:
             teacher = self.teacher_of(seed)
             data = self.out / f"data-{seed}.jsonl"
             if not data.exists():
-                write_data(data, seed, self.student.total_steps * self.student.batch_size)
+                write_messages(data, seed, self.student.total_steps * self.student.batch_size, MIXTURE)
             for experiment in EXPERIMENTS:
                 wanted = experiment.main or seed in self.ablation_seeds
                 if wanted and (not self.only or experiment.key in self.only) and not self.has(experiment.key, seed):
@@ -122,11 +106,9 @@ class Reproduction:
             tokenizer, frame, end_tokens = checkpoint_text(checkpoint)
         solver = ReferenceSolver(model, tokenizer, frame=frame, end_tokens=end_tokens, chunk=1, max_tokens=4)
         scores = evaluate(solver, self.problems)
-        found = total(scores)
-        by_difficulty = {str(steps): score.to_dict() for steps, score in by_steps(scores).items()}
-        run = {"row": experiment.key, "seed": seed, **found.to_dict(), "by_difficulty": by_difficulty}
+        run = {"row": experiment.key, "seed": seed, **as_dict(scores, tasks=False)}
         self.add({**run, "seconds": time.monotonic() - began})
-        self.console.print(f"{experiment.name}, seed {seed}: {found}")
+        self.console.print(f"{experiment.name}, seed {seed}: {total(scores)}")
 
     def distilled(self, experiment: Experiment, seed: int, teacher: Path) -> LoopLM:
         """The student of a row."""

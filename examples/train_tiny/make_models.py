@@ -17,13 +17,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
 from problems import Problem, held_out_problems, is_correct
 from rich.console import Console
-from rows import messages
+from rows import write_messages
 from tables import sums_table, task_tables
 from train import Settings, save_teacher, train
 
@@ -34,7 +33,7 @@ from melt_edge.distill.trainer import Report
 from melt_edge.export.gguf import export_gguf
 from melt_edge.files import atomic_output
 from melt_edge.tasks import ALL_TASKS, test_problems
-from melt_edge.tasks.evaluate import Scores, by_steps, by_task, evaluate, total
+from melt_edge.tasks.evaluate import as_dict, evaluate, total
 from melt_edge.tasks.score import Score
 from melt_edge.tasks.solvers import FileSolver
 
@@ -64,7 +63,9 @@ class Maker:
                 train(self.teacher, self.console, partial(save_teacher, self.out / TEACHER))
         if STUDENT not in self.seconds:
             with self.timed(STUDENT):
-                self.write_data()
+                # as many as the student reads
+                count = self.student.total_steps * self.student.batch_size
+                write_messages(self.out / "problems.jsonl", self.student.seed, count, self.teacher.more_mixture)
                 self.distil()
         for name in (TEACHER, STUDENT):
             export_gguf(self.out / name, self.out / f"{name}.gguf", type=FILE_TYPES[name], force=True)
@@ -78,13 +79,6 @@ class Maker:
         yield
         self.seconds[name] = round(time.monotonic() - began, 1)
         _write(self.times_path, json.dumps(self.seconds) + "\n")
-
-    def write_data(self) -> None:
-        """The conversations that the student learns from, as JSON lines: as many as it reads."""
-        rng = Random(f"distill {self.student.seed}")
-        count = self.student.total_steps * self.student.batch_size
-        rows = (json.dumps({"messages": messages(rng, self.teacher.more_mixture)}) for _ in range(count))
-        _write(self.out / "problems.jsonl", "\n".join(rows) + "\n")
 
     def distil(self) -> None:
         """The student; a run that was stopped goes on."""
@@ -117,7 +111,7 @@ class Maker:
             with FileSolver(self.out / f"{name}.gguf", threads=self.teacher.threads, **options) as solver:
                 scores = evaluate(solver, problems)
             self.console.print(f"{run}, tasks: {total(scores)}")
-            tasks[run] = _numbers(scores)
+            tasks[run] = as_dict(scores, tasks=True)
             with FileSolver(
                 self.out / f"{name}.gguf", threads=self.teacher.threads, max_tokens=64, **options
             ) as solver:
@@ -129,6 +123,11 @@ class Maker:
         _write(self.out / "tables.md", f"{task_tables(tasks)}\n{sums_table(sums)}")
 
 
+def halved(steps: int) -> dict[str, int]:
+    """A student's settings for so many steps, half of them in each phase."""
+    return {"transition_steps": steps // 2, "alignment_steps": steps - steps // 2}
+
+
 def sums_score(solver: FileSolver, problems: Sequence[Problem]) -> dict[str, Score]:
     """The score of each kind of sums, "all" last."""
     by_kind = dict.fromkeys([*dict.fromkeys(problem.kind for problem in problems), "all"], Score())
@@ -137,14 +136,6 @@ def sums_score(solver: FileSolver, problems: Sequence[Problem]) -> dict[str, Sco
         by_kind[problems[index].kind] += one
         by_kind["all"] += one
     return by_kind
-
-
-def _numbers(scores: Scores) -> dict[str, Any]:
-    return {
-        **total(scores).to_dict(),
-        "by_difficulty": {str(steps): found.to_dict() for steps, found in by_steps(scores).items()},
-        "by_task": {name: found.to_dict() for name, found in by_task(scores).items()},
-    }
 
 
 def _write(path: Path, text: str) -> None:
@@ -165,10 +156,7 @@ def main() -> None:
     teacher = replace(
         Settings(), steps=arguments.steps, more_steps=arguments.more_steps, batch_tokens=arguments.batch_tokens
     )
-    changes = {}
-    if arguments.student_steps is not None:
-        transition = arguments.student_steps // 2
-        changes = {"transition_steps": transition, "alignment_steps": arguments.student_steps - transition}
+    changes = {} if arguments.student_steps is None else halved(arguments.student_steps)
     torch.set_num_threads(teacher.threads)
     Maker(arguments.out, teacher, changes, arguments.problems).run()
 

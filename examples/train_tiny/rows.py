@@ -6,9 +6,11 @@ many questions about one problem.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
+from pathlib import Path
 from random import Random
 
 import torch
@@ -18,6 +20,7 @@ from problems import training_problem as training_sum
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from melt_edge.files import atomic_output
 from melt_edge.tasks import MAX_STEPS, pointers
 from melt_edge.tasks import training_problem as training_task
 
@@ -31,6 +34,8 @@ GROUP = 16
 
 # What a loop says at a place: one character for each loop, the last for all further ones.
 NOTHING = "\0"
+# What the chat template writes before and after a question.
+FRAME = tuple(prompt_text(NOTHING).split(NOTHING))
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,14 @@ def messages(rng: Random, mixture: Mixture) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
 
 
+def write_messages(path: Path, seed: int, count: int, mixture: Mixture) -> None:
+    """Write the conversations that a student learns from, as JSON lines, over those that are there."""
+    rng = Random(f"distill {seed}")
+    with atomic_output(path, force=True) as part, part.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            file.write(json.dumps({"messages": messages(rng, mixture)}) + "\n")
+
+
 def _turns(rng: Random, asked: Iterator[Asked]) -> list[Asked]:
     """The turns of a conversation about one problem: often a single one, as the problems are asked in a test."""
     return _some(asked, 1 if rng.random() < 0.3 else rng.randint(2, MAX_TURNS), 10)
@@ -119,7 +132,7 @@ def _conversation(pairs: list[tuple[str, str]]) -> Parts:
 
 def _chat(asked: list[Asked]) -> Parts:
     """Tasks as conversations."""
-    before, after = prompt_text(NOTHING).split(NOTHING)
+    before, after = FRAME
     parts: Parts = []
     for i, one in enumerate(asked):
         parts += [Part(("\n" if i else "") + before), *_pieces(one), Part(after, stations=one.stations)]

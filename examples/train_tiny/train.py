@@ -13,11 +13,11 @@ from pathlib import Path
 from random import Random
 
 import torch
-from bpe import BOS, EOS, PAD, prompt_text, tokenizer_config, train_tokenizer
+from bpe import BOS, EOS, PAD, tokenizer_config, train_tokenizer
 from muon import Muon
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rows import Batch, Mixture, batches, sums
+from rows import FRAME, Batch, Mixture, batches, sums
 from scoring import view
 from tokenizers import Tokenizer
 
@@ -39,8 +39,6 @@ LOOKUP_SHARE = 0.2
 FIRST_STEPS = 2
 # So long each loop is told the next station, and a problem has at most as many steps as there are loops.
 GUIDED_SHARE = 0.6
-# The most steps grow from the one to the other, and from there to this share.
-ALL_STEPS_SHARE = 0.8
 # How strongly the first heads look back at the start.
 LOOK_BACK_CHANNEL = 2.0
 LOOK_BACK_GAIN = 1.5
@@ -48,7 +46,6 @@ LOOK_BACK_GAIN = 1.5
 SAVE_EVERY = 300
 # Of the second stage's problems, half are pointers: the task that such a model learns.
 MORE_TASKS = ("pointers", "pointers", "chain", "nested")
-FRAME = tuple(prompt_text("\n\n").split("\n\n"))
 
 
 @dataclass(frozen=True)
@@ -170,12 +167,11 @@ def mixture_at(done: float, mixture: Mixture, loops: int) -> Mixture:
     if done < LOOKUP_SHARE:
         sums_share = min(0.15, mixture.sums_share)
         return replace(mixture, sums_share=sums_share, walk_share=0.35, list_share=0.9, max_steps=FIRST_STEPS)
-    loops = min(loops, mixture.max_steps)
     if done < GUIDED_SHARE:
-        grown = FIRST_STEPS + int((loops + 1 - FIRST_STEPS) * (done - LOOKUP_SHARE) / (GUIDED_SHARE - LOOKUP_SHARE))
-        return replace(mixture, max_steps=min(loops, grown))
-    grown = loops + int((mixture.max_steps + 1 - loops) * (done - GUIDED_SHARE) / (ALL_STEPS_SHARE - GUIDED_SHARE))
-    return replace(mixture, max_steps=min(mixture.max_steps, grown))
+        most = min(loops, mixture.max_steps)
+        grown = FIRST_STEPS + int((most + 1 - FIRST_STEPS) * (done - LOOKUP_SHARE) / (GUIDED_SHARE - LOOKUP_SHARE))
+        return replace(mixture, max_steps=min(most, grown))
+    return mixture
 
 
 def cuts_of(rng: Random, length: int) -> list[int]:

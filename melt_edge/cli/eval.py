@@ -147,14 +147,9 @@ def _progress(count: int) -> Iterator[Callable[[Score], None]]:
 
 
 def _as_json(scores: Scores, about: dict[str, Any], seconds: float) -> dict[str, Any]:
-    from melt_edge.tasks.evaluate import by_steps, by_task, total
+    from melt_edge.tasks.evaluate import as_dict
 
-    found = {**about, **total(scores).to_dict()}
-    found["by_difficulty"] = {str(steps): score.to_dict() for steps, score in by_steps(scores).items()}
-    if about["task"] == ALL_TASKS:
-        found["by_task"] = {name: score.to_dict() for name, score in by_task(scores).items()}
-    found["seconds"] = round(seconds, 3)
-    return found
+    return {**about, **as_dict(scores, tasks=about["task"] == ALL_TASKS), "seconds": round(seconds, 3)}
 
 
 def _show(scores: Scores, about: dict[str, Any], seconds: float) -> None:

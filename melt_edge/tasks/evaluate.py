@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from melt_edge.tasks.problem import Problem, is_correct
 from melt_edge.tasks.score import Score
@@ -33,6 +34,14 @@ def evaluate(solver: Solver, problems: Sequence[Problem], progress: Callable[[Sc
 def total(scores: Scores) -> Score:
     """All of them together."""
     return sum(scores.values(), Score())
+
+
+def as_dict(scores: Scores, *, tasks: bool) -> dict[str, Any]:
+    """JSON-ready: the total and by_difficulty, and by_task if ``tasks``."""
+    found = {**total(scores).to_dict(), "by_difficulty": {str(n): s.to_dict() for n, s in by_steps(scores).items()}}
+    if tasks:
+        found["by_task"] = {name: score.to_dict() for name, score in by_task(scores).items()}
+    return found
 
 
 def by_steps(scores: Scores) -> dict[int, Score]:

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, assume, given, settings
 
 import melt_edge
 from melt_edge.checkpoint import save_checkpoint
-from melt_edge.config import LoopConfig
 from melt_edge.export.from_gguf import checkpoint_from_gguf
 from melt_edge.export.onnx import export_onnx
 from melt_edge.export.onnx_quantize import BlockFormat, dequantize_rows, quantize_rows
@@ -26,22 +25,6 @@ from tiny import tiny_checkpoint, tiny_config, tiny_tensors
 # onnxruntime 1.23, the last for Python 3.10, ends at opset 23.
 OPSET_24 = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 24)
 needs_opset_24 = pytest.mark.skipif(not OPSET_24, reason=f"onnxruntime {onnxruntime.__version__} has no opset 24")
-
-
-@pytest.fixture(scope="session")
-def make_onnx(tmp_path_factory, make_checkpoint):
-    """make_onnx(config, **export_options) -> folder, built once; do not write into it."""
-    root, made = tmp_path_factory.mktemp("onnx"), {}
-
-    def make(config: LoopConfig, **options) -> Path:
-        key = repr((config, sorted(options.items())))
-        if key not in made:
-            out = root / str(len(made))
-            export_onnx(make_checkpoint(config), out, **{"n_ctx": 64, "verify": False, **options})
-            made[key] = out
-        return made[key]
-
-    return make
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 8, WHOLE])
@@ -116,7 +99,7 @@ def test_graphs_of_fixed_shapes_compute_the_same(make_checkpoint, make_onnx, nam
     config = MODELS[name]
     tokens = random_tokens(N_TOKENS, config.vocab_size)
     n_prompt = N_TOKENS - N_DECODE - 3  # 21: the last chunk has 5 tokens
-    folder = make_onnx(config, portable=portable, static=True)
+    folder = make_onnx(config, portable=portable, static=True, n_ctx=64)
     size = 8 if config.shares_kv else 64  # Ouro has no chunks: as many as the state has room for
     chunks, steps = LoopSteps(folder, fixed=size), LoopSteps(folder, fixed=1)
     got = [chunks.chunk(np.array([tokens[a : min(a + size, n_prompt)]])) for a in range(0, n_prompt, size)]
