@@ -156,7 +156,7 @@ def problems(result: Mapping[str, Any]) -> list[str]:
     ]
     if result["room_ratio"] > MOST_ROOM:
         found.append(f"room for {ROOMS[1]} tokens costs {result['room_ratio']:.2f} times that for {ROOMS[0]}")
-    if result.get("own_work", 0.0) > MOST_OWN_WORK:  # results of before it was measured have none
+    if result["own_work"] > MOST_OWN_WORK:
         found.append(f"{100 * result['own_work']:.1f} % of a token's time is outside onnxruntime")
     return found
 

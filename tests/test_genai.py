@@ -24,8 +24,9 @@ from melt_edge.export.genai_verify import Decoder, decoder_logits
 from melt_edge.models import SHIPPED_MODEL, SHIPPED_TEACHER, shipped_model_path
 from melt_edge.models.demo_questions import DEMO_QUESTIONS
 from melt_edge.tasks.greedy import greedy
-from parity.reference import distance, random_tokens, reference_logits, reference_model
+from parity.reference import distance, kl_divergence, random_tokens, reference_logits, reference_model
 from parity.test_logits import LIMIT, MODELS, N_DECODE, N_TOKENS, WHOLE
+from parity.test_onnx import SHIPPED_KL_LIMITS
 from tiny import tiny_config, tiny_tensors
 
 ORT_VERSION = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
@@ -185,6 +186,27 @@ def test_the_shipped_model_says_the_same(name: str, tmp_path) -> None:
                 assert found == expected.generate(prompt, temperature=0.0, repeat_penalty=1.0, max_tokens=40).tokens
                 answers.add(tokenizer.decode(np.array(found, np.int32)))
     assert set(DEMO_QUESTIONS.values()) <= answers
+
+
+@pytest.mark.parametrize("name", [SHIPPED_TEACHER, SHIPPED_MODEL])
+def test_smaller_precisions_stay_close(name: str, tmp_path) -> None:
+    """The bound on what a precision costs a trained model is that of the other layout."""
+    gguf = shipped_model_path(name)
+    with melt_edge.load(gguf, n_threads=1) as model:
+        texts = [
+            model.tokenize(model.render_chat([{"role": "user", "content": question}]) + answer + "<|im_end|>")
+            for question, answer in DEMO_QUESTIONS.items()
+        ]
+    checkpoint = checkpoint_from_gguf(gguf, tmp_path / "checkpoint")
+    config = load_model(checkpoint).config
+    logits = {}
+    for precision in ("fp32", *SHIPPED_KL_LIMITS):
+        folder = tmp_path / precision
+        export_genai(checkpoint, folder, precision=precision, n_ctx=N_CTX, verify=False, loops=[])
+        path = graph_path(folder, config)
+        logits[precision] = np.concatenate([decoder_logits(path, config, text, [], 1) for text in texts])
+    for precision, limit in SHIPPED_KL_LIMITS.items():
+        assert 0 < kl_divergence(logits[precision], logits["fp32"]) < limit
 
 
 @pytest.mark.parametrize("chunk_size", [1, 8, WHOLE])
