@@ -31,7 +31,7 @@ class Experiment:
 
 
 # The whole sequence as one chunk.
-_WHOLE = {"chunk_size": [0], "model_chunk_size": 8}
+_WHOLE = {"chunk_size": [0]}
 
 EXPERIMENTS = (
     *(

@@ -45,8 +45,16 @@ from provenance import provenance  # noqa: E402
 MIXTURE = Mixture(sums_share=0.0, tasks=(TASK,), max_steps=MAX_STEPS)
 # A plain Ouro: nothing of its training knows of a shared row, other than the shipped one's.
 TEACHER = TeacherSettings(steps=1000, more_steps=0, mixture=MIXTURE, shared_kv_share=0.0)
+# A student reads problems as a test asks them, one by one: a step of chunk size 1 takes as long as they are long.
+QUESTIONS = replace(MIXTURE, max_turns=1)
 # Of every student, besides the preset "tiny"; a run is kept whole or not at all.
-STUDENT: dict[str, Any] = {"save_every": 100_000}
+STUDENT: dict[str, Any] = {
+    "chunk_size": [1, 2, 4],
+    "model_chunk_size": 4,
+    "transition_steps": 120,
+    "alignment_steps": 120,
+    "save_every": 100_000,
+}
 TEST_SEED = 0
 
 
@@ -71,7 +79,7 @@ class Reproduction:
             teacher = self.teacher_of(seed)
             data = self.out / f"data-{seed}.jsonl"
             if not data.exists():
-                write_messages(data, seed, self.student.total_steps * self.student.batch_size, MIXTURE)
+                write_messages(data, seed, self.student.total_steps * self.student.batch_size, QUESTIONS)
             for experiment in EXPERIMENTS:
                 wanted = experiment.main or seed in self.ablation_seeds
                 if wanted and (not self.only or experiment.key in self.only) and not self.has(experiment.key, seed):
@@ -158,7 +166,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", metavar="ROW", help="these rows: " + ", ".join(e.key for e in EXPERIMENTS))
     parser.add_argument("-n", type=int, default=1000, help="test problems (default: 1000)")
     parser.add_argument("--teacher-steps", type=int, default=TEACHER.steps, help="default: %(default)s")
-    parser.add_argument("--student-steps", type=int, help="both phases together (default: 400)")
+    parser.add_argument("--student-steps", type=int, help="both phases together (default: 240)")
     return parser.parse_args()
 
 

@@ -55,7 +55,7 @@ class Mixture:
     """What the rows hold.
 
     sums_share: of the rows, which are shorter than others. walk_share: of the rest, walks in small tables.
-    list_share: of a task's rows. tasks: all of them for None.
+    list_share: of a task's rows. tasks: all of them for None. max_turns: of a conversation about one problem.
     """
 
     sums_share: float = 0.35
@@ -63,6 +63,7 @@ class Mixture:
     list_share: float = 0.5
     tasks: tuple[str, ...] | None = None
     max_steps: int = MAX_STEPS
+    max_turns: int = MAX_TURNS
 
 
 def sums(rng: Random) -> list[tuple[str, str]]:
@@ -84,7 +85,7 @@ def row(rng: Random, mixture: Mixture) -> Parts:
     asked = questions(rng, problem, mixture.max_steps)
     if rng.random() < mixture.list_share:
         return _list(_some(asked, rng.randint(4, MAX_LIST), 0))
-    return _chat(_turns(rng, asked))
+    return _chat(_turns(rng, asked, mixture.max_turns))
 
 
 def messages(rng: Random, mixture: Mixture) -> list[dict[str, str]]:
@@ -93,7 +94,8 @@ def messages(rng: Random, mixture: Mixture) -> list[dict[str, str]]:
         pairs = [(p.question, p.answer) for p in (training_sum(rng) for _ in range(rng.randint(1, 2)))]
     else:
         problem = training_task(rng, mixture.tasks, mixture.max_steps)
-        pairs = [(a.question, a.answer) for a in _turns(rng, questions(rng, problem, mixture.max_steps))]
+        asked = questions(rng, problem, mixture.max_steps)
+        pairs = [(a.question, a.answer) for a in _turns(rng, asked, mixture.max_turns)]
     roles = ("user", "assistant")
     return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
 
@@ -106,9 +108,9 @@ def write_messages(path: Path, seed: int, count: int, mixture: Mixture) -> None:
             file.write(json.dumps({"messages": messages(rng, mixture)}) + "\n")
 
 
-def _turns(rng: Random, asked: Iterator[Asked]) -> list[Asked]:
+def _turns(rng: Random, asked: Iterator[Asked], most: int) -> list[Asked]:
     """The turns of a conversation about one problem: often a single one, as the problems are asked in a test."""
-    return _some(asked, 1 if rng.random() < 0.3 else rng.randint(2, MAX_TURNS), 10)
+    return _some(asked, 1 if most == 1 or rng.random() < 0.3 else rng.randint(2, most), 10)
 
 
 def _some(asked: Iterator[Asked], count: int, overhead: int) -> list[Asked]:
