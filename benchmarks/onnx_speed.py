@@ -27,7 +27,6 @@ from melt_edge.compare.random_onnx import write_random_onnx
 from melt_edge.compare.shapes import shape_config
 from melt_edge.config import LoopConfig
 from melt_edge.export.onnx_ops import Layout
-from melt_edge.export.onnx_verify import LoopSteps
 from melt_edge.runtime.base import SamplingParams
 from melt_edge.runtime.ort_buffers import Memory
 from melt_edge.runtime.ort_loop import LoopRunner
@@ -40,15 +39,26 @@ ROUNDS, N_TOKENS, N_PROMPT, N_THREADS = 3, 8, 128, 2
 ROOMS, ROOM_LAYERS = (512, 16384), 6
 
 
-def prompt_seconds(runner: LoopSteps) -> float:
+def prompt_seconds(runner: LoopRunner) -> float:
     """Seconds for a prompt of N_PROMPT tokens in one chunk, from an empty state."""
-    runner.n_past = 0
-    return seconds(lambda: runner.chunk(np.zeros((1, N_PROMPT), np.int64), last_only=True))
+
+    def prompt() -> None:
+        runner.run_chunk(np.zeros(N_PROMPT, np.int64), 0)
+        runner.read_last(N_PROMPT)
+
+    return seconds(prompt)
 
 
-def step_seconds(runner: LoopSteps) -> float:
-    """Seconds per token, over N_TOKENS tokens."""
-    return seconds(lambda: [runner.chunk(np.zeros((1, 1), np.int64)) for _ in range(N_TOKENS)]) / N_TOKENS
+def step_seconds(runner: LoopRunner, sampler: ChainSampler) -> float:
+    """Seconds per token, over N_TOKENS tokens after a prompt, each sampled from all logits of the one before."""
+    return seconds(lambda: [step(runner, sampler, N_PROMPT + i) for i in range(N_TOKENS)]) / N_TOKENS
+
+
+def step(runner: LoopRunner, sampler: ChainSampler, n_past: int) -> None:
+    """One token, as melt_edge.runtime.generate computes it: a folder of random weights has no tokenizer to load."""
+    token = sampler.sample(runner.last_row)
+    runner.run_chunk(np.asarray([token], np.int64), n_past)
+    runner.read_last(1)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -58,11 +68,25 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def write_folder(folder: Path, config: LoopConfig, n_ctx: int, options: Mapping[str, Any]) -> LoopSteps:
-    """Random int4 graphs of these sizes, loaded."""
+def write_folder(folder: Path, config: LoopConfig, n_ctx: int, options: Mapping[str, Any]) -> LoopRunner:
+    """Random int4 graphs of these sizes, loaded as the backend loads them."""
     folder.mkdir()
     write_random_onnx(folder, config, Layout("int4", n_ctx, **options))
-    return LoopSteps(folder, n_threads=N_THREADS)
+    graphs = {name: (folder / f"{name}.onnx").read_bytes() for name in ("embed", "loop", "head")}
+    return LoopRunner(
+        open_sessions(folder, graphs, provider="cpu", n_threads=N_THREADS),
+        config,
+        n_ctx=n_ctx,
+        chunk=N_PROMPT,
+        dtype="float32",
+        memory=Memory("cpu"),
+        exit_rule=None,
+    )
+
+
+def make_sampler(config: LoopConfig) -> ChainSampler:
+    """llama.cpp's sampler with its defaults."""
+    return ChainSampler(None, config.vocab_size, SamplingParams(seed=1), [])
 
 
 def measure_speed(folder: Path, shape: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,25 +94,30 @@ def measure_speed(folder: Path, shape: str, options: Mapping[str, Any]) -> dict[
     config = shape_config(shape, "melt")
     write_random_gguf(folder / "melt.gguf", config)
     runner = write_folder(folder / "melt", config, 512, options)
+    sampler = make_sampler(config)
     rates: dict[str, dict[str, list[float]]] = {
         phase: {"onnxruntime": [], "llama.cpp": []} for phase in ("decode", "prefill")
     }
     with melt_edge.load(folder / "melt.gguf", n_ctx=512, n_threads=N_THREADS, chunk_size=N_PROMPT) as model:
         prompt = [1] * N_PROMPT
         model.generate(prompt[:8], max_tokens=2, seed=0)  # the first tokens page the weights in
-        step_seconds(runner)
+        prompt_seconds(runner)
+        step_seconds(runner, sampler)
         for seed in range(ROUNDS):
             model.reset()
             timings = model.generate(prompt, max_tokens=N_TOKENS, temperature=1.0, seed=seed).timings
             rates["prefill"]["llama.cpp"].append(timings.prompt_tps)
             rates["decode"]["llama.cpp"].append(timings.decode_tps)
             rates["prefill"]["onnxruntime"].append(N_PROMPT / prompt_seconds(runner))
-            rates["decode"]["onnxruntime"].append(1 / step_seconds(runner))
+            rates["decode"]["onnxruntime"].append(1 / step_seconds(runner, sampler))
+    own_work = own_work_share(runner, sampler)
+    sampler.close()
     return {
         "tokens_per_second": {
             phase: {k: round(statistics.median(v), 2) for k, v in r.items()} for phase, r in rates.items()
         },
         "ratio": {phase: round(median_ratio(r["onnxruntime"], r["llama.cpp"]), 3) for phase, r in rates.items()},
+        "own_work": own_work,
     }
 
 
@@ -99,47 +128,28 @@ def measure_room(folder: Path, shape: str, options: Mapping[str, Any]) -> dict[s
     )
     runners = {n_ctx: write_folder(folder / f"room-{n_ctx}", config, n_ctx, options) for n_ctx in ROOMS}
     times: dict[int, list[float]] = {n_ctx: [] for n_ctx in ROOMS}
+    sampler = make_sampler(config)
     for runner in runners.values():
         prompt_seconds(runner)
-        step_seconds(runner)
+        step_seconds(runner, sampler)
     for _ in range(4 * ROUNDS):
         for n_ctx, runner in runners.items():
-            runner.n_past = N_PROMPT
-            times[n_ctx].append(step_seconds(runner))
+            times[n_ctx].append(step_seconds(runner, sampler))
+    sampler.close()
     return {
         "room_decode_ms": {str(n_ctx): round(1000 * statistics.median(t), 3) for n_ctx, t in times.items()},
         "room_ratio": round(median_ratio(times[ROOMS[1]], times[ROOMS[0]]), 3),
     }
 
 
-def measure_own_work(folder: Path, shape: str) -> dict[str, Any]:
-    """The share of a token's time that the runtime spends outside onnxruntime, sampling from all logits included.
-
-    folder: of write_folder, which has no tokenizer: so the loop of melt_edge.runtime.generate is written out here.
-    """
-    config = shape_config(shape, "melt")
-    graphs = {name: (folder / f"{name}.onnx").read_bytes() for name in ("embed", "loop", "head")}
-    runner = LoopRunner(
-        open_sessions(folder, graphs, provider="cpu", n_threads=N_THREADS),
-        config,
-        n_ctx=512,
-        chunk=N_PROMPT,
-        dtype="float32",
-        memory=Memory("cpu"),
-        exit_rule=None,
-    )
-    sampler = ChainSampler(None, config.vocab_size, SamplingParams(seed=1), [])
-    runner.run_chunk(np.zeros(N_PROMPT, np.int64), 0)
-    runner.read_last(N_PROMPT)
+def own_work_share(runner: LoopRunner, sampler: ChainSampler) -> float:
+    """The share of a token's time that the runtime spends outside onnxruntime, sampling included: the median."""
     shares = []
-    for step in range(1 + ROUNDS * N_TOKENS):
-        native_before, started = runner.counters.native_s, time.perf_counter()
-        token = sampler.sample(runner.last_row)
-        runner.run_chunk(np.asarray([token], np.int64), N_PROMPT + step)
-        runner.read_last(1)
-        shares.append(1 - (runner.counters.native_s - native_before) / (time.perf_counter() - started))
-    sampler.close()
-    return {"own_work": round(statistics.median(shares[1:]), 5)}
+    for i in range(ROUNDS * N_TOKENS):
+        native_before = runner.counters.native_s
+        total = seconds(lambda i=i: step(runner, sampler, N_PROMPT + N_TOKENS + i))
+        shares.append(1 - (runner.counters.native_s - native_before) / total)
+    return round(statistics.median(shares), 5)
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -175,7 +185,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = measure_speed(Path(folder), shape, options)
         result |= measure_room(Path(folder), shape, options)
-        result |= measure_own_work(Path(folder) / "melt", shape)
     for phase, rates in result["tokens_per_second"].items():
         told = "  ".join(f"{name} {rate:7.2f} tok/s" for name, rate in rates.items())
         print(f"{phase:8} {told}  ratio {result['ratio'][phase]:.2f}")
