@@ -1,5 +1,6 @@
 // The speed at which this machine's cores read memory: what decoding is compared with by `melt-edge bench`.
 
+#include "huge-pages.h"
 #include "llama.h"
 
 #include <algorithm>
@@ -61,6 +62,7 @@ static double bench_bandwidth(uint64_t n_bytes, uint32_t n_threads, uint32_t n_p
     const size_t n = n_bytes / sizeof(uint64_t) / parts.size() / N_LANES * N_LANES;
     for (bench_part & part : parts) {
         part.data.reset(new uint64_t[n]);
+        melt_ask_for_huge_pages(part.data.get(), n * sizeof(uint64_t)); // as ggml's memory, see ggml.c
     }
 
     // written by the thread that reads it: pages are placed where they are first touched
