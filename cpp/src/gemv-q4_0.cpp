@@ -13,6 +13,7 @@
 #include "simd-mappings.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -85,6 +86,13 @@ static inline __m256 dot_8_rows(const block_q4_0x8 * x, const block_q8_0 * y, co
 }
 
 bool melt_gemv_q4_0_8x8(int n, float * s, const void * vx, const void * vy, int nc) {
+    static const bool enabled = [] {
+        const char * value = getenv("MELT_GEMV_Q4_0");
+        return value == nullptr || strcmp(value, "0") != 0;
+    }();
+    if (!enabled) {
+        return false;
+    }
     const block_q4_0x8 * x  = (const block_q4_0x8 *) vx;
     const block_q8_0 *   y  = (const block_q8_0 *) vy;
     const int            nb = n / QK8_0;

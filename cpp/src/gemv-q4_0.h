@@ -7,7 +7,7 @@ extern "C" {
 #endif
 
 // s[nc] = the nc rows of n values in vx (block_q4_0x8, as ggml repacks them) times vy (block_q8_0). Returns false, with
-// nothing written, where this CPU has no kernel here.
+// nothing written, where this CPU has no kernel here or the environment says MELT_GEMV_Q4_0=0.
 bool melt_gemv_q4_0_8x8(int n, float * s, const void * vx, const void * vy, int nc);
 
 #ifdef __cplusplus
