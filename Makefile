@@ -56,10 +56,12 @@ test-fast: setup ## the tests that take seconds
 bench: setup ## memory and speed at the 1.6 B shape against their floors (20 minutes, 2 GB), into benchmarks/results
 	$(BIN)/python benchmarks/decode_ratio.py --json benchmarks/results/decode_ratio.json
 	$(BIN)/python benchmarks/looped.py --json benchmarks/results
+	$(BIN)/python benchmarks/onnx_speed.py --json benchmarks/results/onnx_speed.json
 
 bench-check: setup ## the same measurement; fails where a floor is missed
 	$(BIN)/python benchmarks/decode_ratio.py --check
 	$(BIN)/python benchmarks/looped.py --check
+	$(BIN)/python benchmarks/onnx_speed.py --check
 
 lint: setup ## ruff and mypy on the Python, clang-format on our C++
 	$(BIN)/ruff check .

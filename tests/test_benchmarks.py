@@ -81,7 +81,7 @@ def test_commit_says_when_the_tree_differs_from_it(imported: Any, tmp_path: Path
     assert commit(tmp_path) == f"{head}-dirty"
 
 
-@pytest.mark.parametrize("script", ["decode_ratio.py", "looped.py"])
+@pytest.mark.parametrize("script", ["decode_ratio.py", "looped.py", "onnx_speed.py"])
 @pytest.mark.parametrize(("target", "option"), [("bench", "--json benchmarks/results"), ("bench-check", "--check")])
 def test_make_runs_the_benchmarks(target: str, option: str, script: str) -> None:
     """The limits were checked by no target."""
@@ -174,6 +174,8 @@ def test_speed_is_held_against_the_bandwidth(imported: Any) -> None:
     script = imported("looped")
     slow = replace(bench_row("ouro", 4), samples_ns=(450_000_000,))  # 8.9 of 10 tokens/s
     assert [line.ok for line in script.decode_lines([bench_row("melt", 4), slow])] == [True, False]
+    disturbed = replace(slow, samples_ns=(600_000_000, 400_000_000))  # its fastest is what the memory allows
+    assert [line.ok for line in script.decode_lines([disturbed])] == [True]
     quantised = bench_row("melt", 4, kv_type="q8_0")
     lines = script.depth_lines([slow, replace(slow, kind="melt"), quantised])
     assert [line.ok for line in lines] == [True, True, None, True]
@@ -216,6 +218,8 @@ def test_onnx_speed_writes_numbers(tmp_path: Path) -> None:
     assert set(result["ratio"]) == {"decode", "prefill"}
     assert set(result["tokens_per_second"]["decode"]) == {"onnxruntime", "llama.cpp"}
     assert set(result["room_decode_ms"]) == {"512", "16384"}
+    assert 0 < result["own_work"] < 1
+    assert isinstance(result["missed"], list)
     assert result["packages"]["onnxruntime"]
 
 

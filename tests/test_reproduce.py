@@ -27,6 +27,9 @@ def test_a_table_of_a_few_steps(tmp_path: Path) -> None:
     table = (tmp_path / "out" / "results.md").read_text()
     assert "| MELT | 2 |" in table
     assert (tmp_path / "out" / "results.svg").read_text().startswith("<?xml")
+    other = subprocess.run([*command, "-n", "8"], capture_output=True, text=True, timeout=600)
+    assert other.returncode == 1
+    assert "holds runs with other settings" in other.stderr
     again = subprocess.run([*command, "--only", *ROWS], capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stderr
     assert len((tmp_path / "out" / "runs.jsonl").read_text().splitlines()) == len(runs) + 2  # nothing is done twice

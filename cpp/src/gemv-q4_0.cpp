@@ -90,7 +90,7 @@ bool melt_gemv_q4_0_8x8(int n, float * s, const void * vx, const void * vy, int 
         const char * value = getenv("MELT_GEMV_Q4_0");
         return value == nullptr || strcmp(value, "0") != 0;
     }();
-    if (!enabled) {
+    if (!enabled || nc % 8 != 0) {
         return false;
     }
     const block_q4_0x8 * x  = (const block_q4_0x8 *) vx;

@@ -36,6 +36,7 @@ from melt_edge.distill.distributed import joined_world  # noqa: E402
 from melt_edge.distill.models import load_student  # noqa: E402
 from melt_edge.distill.run import distill  # noqa: E402
 from melt_edge.distill.settings import Settings, preset  # noqa: E402
+from melt_edge.files import atomic_output  # noqa: E402
 from melt_edge.modeling import LoopLM  # noqa: E402
 from melt_edge.tasks import test_problems  # noqa: E402
 from melt_edge.tasks.evaluate import as_dict, evaluate, total  # noqa: E402
@@ -71,7 +72,28 @@ class Reproduction:
         self.only = arguments.only
         self.log = out / "runs.jsonl"
         out.mkdir(parents=True, exist_ok=True)
+        self.keep_settings()
         self.runs = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+    def settings(self) -> dict[str, Any]:
+        """What all runs of a table have in common."""
+        return {
+            "task": TASK,
+            "max_steps": MAX_STEPS,
+            "problems": len(self.problems),
+            "teacher": asdict(self.teacher),
+            "student": self.student.to_dict(),
+            "questions": asdict(QUESTIONS),
+        }
+
+    def keep_settings(self) -> None:
+        """Write the settings beside the runs. Raises: SystemExit if the runs that are there were made by others."""
+        path = self.out / "settings.json"
+        wanted = json.loads(json.dumps(self.settings()))
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != wanted:
+            raise SystemExit(f"error: {self.out} holds runs with other settings (settings.json); name another folder")
+        with atomic_output(path, force=True) as part:
+            part.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
 
     def run(self) -> None:
         """Every run that is missing, seed by seed."""
@@ -148,12 +170,8 @@ class Reproduction:
             **provenance(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "task": TASK,
-            "max_steps": MAX_STEPS,
-            "problems": len(self.problems),
             "seconds": round(sum(run["seconds"] for run in self.runs)),
-            "teacher": asdict(self.teacher),
-            "student": self.student.to_dict(),
+            **self.settings(),
         }
 
 

@@ -56,7 +56,7 @@ class BenchRow:
     kv_bytes, weights_bytes, compute_bytes: the library's own figures; rss_bytes: the process's after the test.
 
     Of tests that generate: layers_, gates_, head_ and cache_read_bytes, counted, per token; bandwidth: bytes per second
-    read from memory by as many threads, the mean of before and after the test; limit_ts: tokens per second at that
+    read from memory by as many threads, the faster of before and after the test; limit_ts: tokens per second at that
     bandwidth. loop_ms, head_ms, attention_share and gates_share come from parts_tokens tokens that were timed in
     pieces, after the test and apart from it; parts_ms is what such a token took.
     """

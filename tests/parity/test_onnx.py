@@ -162,8 +162,8 @@ def test_quantised_graphs_compute_with_the_quantised_values(
     assert distance(folder_logits(folder, tokens, [], 8), expected) < LIMIT
 
 
-# Mean KL divergence of a shipped model from its float32 graphs in nats, token by token: two to four times the largest of
-# both models and both layouts (fp16 1.5e-6, int8 2.6e-4, int4 5.8e-2).
+# Mean KL divergence of a shipped model from its float32 graphs in nats, token by token: two to four times the largest
+# of both models and both layouts (fp16 1.5e-6, int8 2.6e-4, int4 5.8e-2).
 SHIPPED_KL_LIMITS = {"fp16": 6e-6, "int8": 1e-3, "int4": 0.1}
 
 
