@@ -19,8 +19,8 @@ TEACHER, UNTRAINED, MELT, ABLATION = "#D55E00", "#009E73", "#0072B2", "#999999"
 
 def write_report(out: Path, runs: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
     """Write results.json, results.md and results.svg."""
-    _write(out / "results.json", json.dumps({"about": about, "runs": list(runs)}, indent=1) + "\n")
-    _write(out / "results.md", markdown(runs, about))
+    write_text(out / "results.json", json.dumps({"about": about, "runs": list(runs)}, indent=1) + "\n")
+    write_text(out / "results.md", markdown(runs, about))
     with atomic_output(out / "results.svg", force=True) as part:
         draw(runs, about).savefig(part, format="svg", metadata={"Date": None})
 
@@ -92,6 +92,7 @@ def _colour(experiment: Experiment) -> str:
     return TEACHER if experiment.loops is not None else ABLATION
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     with atomic_output(path, force=True) as part:
         part.write_text(text, encoding="utf-8")

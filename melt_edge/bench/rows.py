@@ -110,6 +110,11 @@ class BenchRow:
         return statistics.fmean(self.samples_ts) if self.samples_ns else None
 
     @property
+    def best_ts(self) -> float | None:
+        """The fastest repetition's tokens per second."""
+        return max(self.samples_ts, default=None)
+
+    @property
     def stddev_ts(self) -> float | None:
         """Their standard deviation; 0 for one repetition."""
         if not self.samples_ns:
