@@ -6,6 +6,7 @@
 #include "attn-decode.h"
 
 #include "attn-decode-kernels.h"
+#include "env-flag.h"
 #include "ggml-cpu.h"
 #include "ops.h"
 #include "vec.h"
@@ -13,7 +14,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
+#include <cstring>
 
 enum {
     MAX_ROWS   = 32,       // query rows; above, the partial results take more memory than they are worth
@@ -339,10 +340,7 @@ static void attn_decode_merge(const attn_decode & a, const float * parts, int nt
 }
 
 static std::atomic<bool> & attn_decode_enabled() {
-    static std::atomic<bool> enabled = [] {
-        const char * value = getenv("MELT_ATTN_DECODE");
-        return value == nullptr || strcmp(value, "0") != 0;
-    }();
+    static std::atomic<bool> enabled = melt_env_flag("MELT_ATTN_DECODE");
     return enabled;
 }
 

@@ -5,6 +5,8 @@
 
 #include "gemv-q4_0.h"
 
+#include "env-flag.h"
+
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"
 #include "ggml-cpu-impl.h"
@@ -13,7 +15,6 @@
 #include "simd-mappings.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -86,10 +87,7 @@ static inline __m256 dot_8_rows(const block_q4_0x8 * x, const block_q8_0 * y, co
 }
 
 bool melt_gemv_q4_0_8x8(int n, float * s, const void * vx, const void * vy, int nc) {
-    static const bool enabled = [] {
-        const char * value = getenv("MELT_GEMV_Q4_0");
-        return value == nullptr || strcmp(value, "0") != 0;
-    }();
+    static const bool enabled = melt_env_flag("MELT_GEMV_Q4_0");
     if (!enabled || nc % 8 != 0) {
         return false;
     }
