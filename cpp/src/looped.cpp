@@ -295,12 +295,17 @@ ggml_tensor * llama_model_looped::graph::build_loop(ggml_tensor * cur, int loop_
         ggml_tensor * u = build_norm(cur, layer.attn_norm, nullptr, LLM_NORM_RMS, il);
         cb(u, "attn_norm", il);
 
+        // products of the same vector follow each other in the graph: the CPU takes them together (one-token.h)
+        ggml_tensor * Qcur = build_lora_mm(layer.wq, u, layer.wq_s);
+        ggml_build_forward_expand(gf, Qcur);
+
         ggml_tensor * h    = looped.kv_gate ? build_kv_gate(layer, u, latents[layer_idx], il) : u;
         latents[layer_idx] = h;
 
-        ggml_tensor * Qcur = build_lora_mm(layer.wq, u, layer.wq_s);
         ggml_tensor * Kcur = build_lora_mm(layer.wk, h, layer.wk_s);
         ggml_tensor * Vcur = build_lora_mm(layer.wv, h, layer.wv_s);
+        ggml_build_forward_expand(gf, Kcur);
+        ggml_build_forward_expand(gf, Vcur);
 
         Qcur = ggml_reshape_3d(ctx0, Qcur, n_embd_head, n_head, n_tokens);
         Kcur = ggml_reshape_3d(ctx0, Kcur, n_embd_head, n_head_kv, n_tokens);

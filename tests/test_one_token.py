@@ -1,0 +1,107 @@
+"""One token's graph on the CPU with fewer waits (cpp/src/one-token.cpp), and what all threads wait for in it.
+
+What each thread computes is the same with and without the waits, so logits are compared bit by bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from melt_edge.compare.random_model import random_model
+from melt_edge.compare.shapes import shape_config
+from melt_edge.runtime.library import native_function
+
+# Prints a digest of the logits of tokens that are computed one by one, for each number of threads.
+CHILD = """
+import hashlib, sys
+from pathlib import Path
+from melt_edge.runtime.loading import BACKENDS
+from melt_edge.runtime.options import LoadOptions
+for n_threads in (1, 2, 3):
+    model = BACKENDS["llama"](Path(sys.argv[1]), LoadOptions(n_ctx=64, n_threads=n_threads))
+    digest = hashlib.sha256()
+    for token in range(4, 24):
+        model.eval([token])
+        digest.update(model.last_logits().tobytes())
+    print(n_threads, digest.hexdigest())
+    model.close()
+"""
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+def node(name: str, rows: NDArray[np.float32], *arguments: float) -> NDArray[np.float32]:
+    """The ggml node of that name over float32 rows, by two threads."""
+    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+
+    def call(function: str, result: Any, *types: Any) -> Any:
+        return native_function(function, result, *types)
+
+    context = call("ggml_init", pointer, _InitParams)(_InitParams(2 * rows.nbytes + (1 << 20), None, False))
+    try:
+        source = call("ggml_new_tensor_2d", pointer, pointer, i32, i64, i64)(context, 0, rows.shape[1], rows.shape[0])
+        data = call("ggml_get_data", pointer, pointer)
+        ctypes.memmove(data(source), rows.ctypes.data, rows.nbytes)
+        made = call(name, pointer, pointer, pointer, *[ctypes.c_float] * len(arguments))(context, source, *arguments)
+        graph = call("ggml_new_graph", pointer, pointer)(context)
+        call("ggml_build_forward_expand", None, pointer, pointer)(graph, made)
+        assert call("ggml_graph_compute_with_ctx", i32, pointer, pointer, i32)(context, graph, 2) == 0
+        return np.ctypeslib.as_array(ctypes.cast(data(made), ctypes.POINTER(ctypes.c_float)), rows.shape).copy()
+    finally:
+        call("ggml_free", None, pointer)(context)
+
+
+def logits(path: Path, *, one_token: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, path],
+        env={**os.environ, "MELT_ONE_TOKEN": one_token},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("type", ["q4_0", "q8_0"])
+@pytest.mark.parametrize("arch", ["ouro", "melt"])
+def test_same_logits_as_with_every_wait(arch: str, type: str, tmp_path: Path) -> None:
+    path = random_model("tiny", shape_config("tiny", arch), tmp_path, type=type)
+    found = logits(path, one_token="1")
+    assert len(found.splitlines()) == 3
+    assert found == logits(path, one_token="0")
+
+
+@given(st.integers(1, 70), st.integers(1, 5), st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_sigmoid_of_any_shape(n: int, n_rows: int, seed: int) -> None:
+    x = np.random.default_rng(seed).standard_normal((n_rows, n), np.float32) * 8
+    np.testing.assert_allclose(node("ggml_sigmoid", x), np.exp(-np.logaddexp(0, -x.astype(np.float64))), rtol=1e-6)
+
+
+def test_sigmoid_of_extreme_values() -> None:
+    x = np.array([[-np.inf, -1e30, -200, -104, -88, 88, 200, np.inf] * 3], np.float32)
+    found = node("ggml_sigmoid", x)
+    np.testing.assert_allclose(found, np.exp(-np.logaddexp(0, -x.astype(np.float64))), rtol=1e-6, atol=1e-37)
+    assert np.isnan(node("ggml_sigmoid", np.full((1, 17), np.nan, np.float32))).all()
+
+
+@given(st.integers(1, 70), st.integers(1, 5), st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_norm_of_any_shape(n: int, n_rows: int, seed: int) -> None:
+    x = np.random.default_rng(seed).standard_normal((n_rows, n), np.float32) * 30
+    scale = 1 / np.sqrt((x.astype(np.float64) ** 2).mean(axis=1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(node("ggml_rms_norm", x, 1e-6), x * scale, rtol=1e-6)
