@@ -126,6 +126,7 @@ def loops_lines(rows: Sequence[BenchRow]) -> list[Line]:
     melt = {row.loops: row for row in flat if row.kind == "melt"}
     ouro = {row.loops: row for row in flat if row.kind == "ouro"}
     counts = ", ".join(map(str, sorted(melt)))
+    looped = [loops for loops in sorted(melt) if loops > 1]
     depth = f"{flat[0].n_depth:,} tokens"
     multiples = {loops: row.kv_bytes / ouro[1].kv_bytes for loops, row in ouro.items()}
     deep_melt, deep_ouro = (max((r for r in rows if r.kind == k), key=lambda r: r.n_depth) for k in ("melt", "ouro"))
@@ -135,7 +136,16 @@ def loops_lines(rows: Sequence[BenchRow]) -> list[Line]:
     resident = deep_ouro.rss_bytes / deep_melt.rss_bytes
     return [
         spread_line(f"MELT's cache at {counts} loops, {depth}", [row.kv_bytes for row in melt.values()]),
-        spread_line(f"MELT's resident set at {counts} loops, {depth}", [row.rss_bytes for row in melt.values()]),
+        spread_line(
+            f"MELT's resident set at {', '.join(map(str, looped))} loops, {depth}",
+            [melt[loops].rss_bytes for loops in looped],
+        ),
+        Line(
+            f"MELT's resident set at 1 loop, which carries no latents, over that at {N_LOOPS}, {depth}",
+            "reported",
+            f"{melt[1].rss_bytes / melt[N_LOOPS].rss_bytes:.3f}",
+            None,
+        ),
         Line(
             f"Ouro's cache at {counts} loops, {depth}",
             "exactly T times that of one loop",
