@@ -42,6 +42,12 @@ def atomic_output(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     sync(path.parent)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all, in place of what is there."""
+    with atomic_output(path, force=True) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place when the block ends without an exception.

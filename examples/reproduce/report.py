@@ -11,7 +11,7 @@ from typing import Any
 from experiments import EXPERIMENTS, Experiment
 from matplotlib.figure import Figure
 
-from melt_edge.files import atomic_output
+from melt_edge.files import atomic_output, write_text
 
 # Okabe and Ito's colours, told apart by people who see fewer of them.
 TEACHER, UNTRAINED, MELT, ABLATION = "#D55E00", "#009E73", "#0072B2", "#999999"
@@ -90,9 +90,3 @@ def _colour(experiment: Experiment) -> str:
     if experiment.shared:
         return UNTRAINED
     return TEACHER if experiment.loops is not None else ABLATION
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with atomic_output(path, force=True) as part:
-        part.write_text(text, encoding="utf-8")

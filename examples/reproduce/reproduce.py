@@ -25,7 +25,7 @@ sys.path[:0] = [str(HERE.parent / "train_tiny"), str(ROOT / "benchmarks")]
 
 from experiments import EXPERIMENTS, MAX_STEPS, NUM_LOOPS, TASK, Experiment, student_settings  # noqa: E402
 from make_models import halved  # noqa: E402
-from report import write_report, write_text  # noqa: E402
+from report import write_report  # noqa: E402
 from rows import Mixture, write_messages  # noqa: E402
 from scoring import view  # noqa: E402
 from train import Settings as TeacherSettings  # noqa: E402
@@ -36,6 +36,7 @@ from melt_edge.distill.distributed import joined_world  # noqa: E402
 from melt_edge.distill.models import load_student  # noqa: E402
 from melt_edge.distill.run import distill  # noqa: E402
 from melt_edge.distill.settings import Settings, preset  # noqa: E402
+from melt_edge.files import write_text  # noqa: E402
 from melt_edge.modeling import LoopLM  # noqa: E402
 from melt_edge.tasks import test_problems  # noqa: E402
 from melt_edge.tasks.evaluate import as_dict, evaluate, total  # noqa: E402

@@ -31,7 +31,7 @@ from melt_edge.distill.run import distill
 from melt_edge.distill.settings import preset
 from melt_edge.distill.trainer import Report
 from melt_edge.export.gguf import export_gguf
-from melt_edge.files import atomic_output
+from melt_edge.files import write_text
 from melt_edge.tasks import ALL_TASKS, test_problems
 from melt_edge.tasks.evaluate import as_dict, evaluate, total
 from melt_edge.tasks.score import Score
@@ -78,7 +78,7 @@ class Maker:
         began = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - began, 1)
-        _write(self.times_path, json.dumps(self.seconds) + "\n")
+        write_text(self.times_path, json.dumps(self.seconds) + "\n")
 
     def distil(self) -> None:
         """The student; a run that was stopped goes on."""
@@ -119,8 +119,8 @@ class Maker:
             self.console.print(f"{run}, sums: {by_kind['all']}")
             sums[run] = {kind: found.to_dict() for kind, found in by_kind.items()}
         about = {"seconds": self.seconds, "torch": torch.__version__}
-        _write(self.out / "measured.json", json.dumps({**about, "tasks": tasks, "sums": sums}, indent=1) + "\n")
-        _write(self.out / "tables.md", f"{task_tables(tasks)}\n{sums_table(sums)}")
+        write_text(self.out / "measured.json", json.dumps({**about, "tasks": tasks, "sums": sums}, indent=1) + "\n")
+        write_text(self.out / "tables.md", f"{task_tables(tasks)}\n{sums_table(sums)}")
 
 
 def halved(steps: int) -> dict[str, int]:
@@ -136,11 +136,6 @@ def sums_score(solver: FileSolver, problems: Sequence[Problem]) -> dict[str, Sco
         by_kind[problems[index].kind] += one
         by_kind["all"] += one
     return by_kind
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_output(path, force=True) as part:
-        part.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
