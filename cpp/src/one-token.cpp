@@ -28,14 +28,10 @@ static bool is_lone(const ggml_tensor * node) {
         case GGML_OP_MUL:
         case GGML_OP_RMS_NORM:
         case GGML_OP_UNARY:
-        case GGML_OP_GLU:
-            return ggml_nrows(node) == 1; // ggml splits by rows
-        case GGML_OP_ROPE:
-            return node->ne[2] == 1 && node->ne[3] == 1 && ggml_nelements(node) <= MAX_LONE_VALUES;
-        case GGML_OP_SET_ROWS:
-            return ggml_nelements(node->src[0]) <= MAX_LONE_VALUES;
-        default:
-            return false;
+        case GGML_OP_GLU: return ggml_nrows(node) == 1; // ggml splits by rows
+        case GGML_OP_ROPE: return node->ne[2] == 1 && node->ne[3] == 1 && ggml_nelements(node) <= MAX_LONE_VALUES;
+        case GGML_OP_SET_ROWS: return ggml_nelements(node->src[0]) <= MAX_LONE_VALUES;
+        default: return false;
     }
 }
 

@@ -1,5 +1,5 @@
-// Fewer waits in the graph of one token on the CPU. ggml lets all threads meet after every node; of the 45 meetings in a
-// gated layer most follow a node that one thread computes in less time than a meeting takes. The environment's
+// Fewer waits in the graph of one token on the CPU. ggml lets all threads meet after every node; of the 45 meetings in
+// a gated layer most follow a node that one thread computes in less time than a meeting takes. The environment's
 // MELT_ONE_TOKEN=0 brings them back.
 
 #pragma once

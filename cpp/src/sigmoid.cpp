@@ -42,7 +42,8 @@ static void sigmoid_values(const float * x, float * y) {
 bool melt_sigmoid(const ggml_compute_params * params, ggml_tensor * dst) {
 #ifdef MELT_SIGMOID
     const ggml_tensor * src = dst->src[0];
-    if (src->type != GGML_TYPE_F32 || dst->type != GGML_TYPE_F32 || !ggml_is_contiguous(src) || !ggml_is_contiguous(dst)) {
+    if (src->type != GGML_TYPE_F32 || dst->type != GGML_TYPE_F32 || !ggml_is_contiguous(src) ||
+        !ggml_is_contiguous(dst)) {
         return false;
     }
     const int64_t n_rows = ggml_nrows(dst);

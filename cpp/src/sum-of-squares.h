@@ -6,8 +6,8 @@
 
 // The sum of x[i]^2, squared in float32 and added in float64 as ggml does, eight sums side by side.
 static inline double melt_sum_of_squares(int64_t n, const float * x) {
-    double sums[8] = {};
-    int64_t i      = 0;
+    double  sums[8] = {};
+    int64_t i       = 0;
     for (; i + 8 <= n; i += 8) {
         for (int j = 0; j < 8; ++j) {
             sums[j] += (double) (x[i + j] * x[i + j]);
