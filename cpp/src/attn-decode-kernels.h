@@ -4,7 +4,7 @@
 #pragma once
 
 #define GGML_COMMON_DECL_CPP
-#include "attn-decode-simd.h"
+#include "float-vectors.h"
 #include "ggml-common.h"
 #include "ggml.h"
 

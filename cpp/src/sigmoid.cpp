@@ -2,39 +2,20 @@
 
 #include "sigmoid.h"
 
-#include "ggml-cpu-impl.h"
+#include "float-vectors.h"
 #include "vec.h"
 
 #include <cmath>
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+// where ggml has an exp of a whole vector of ours
+#if defined(__AVX512DQ__) || (!defined(__AVX512F__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)) || \
+    (defined(__ARM_NEON) && defined(__aarch64__) && !defined(__ARM_FEATURE_SVE))
+#define MELT_SIGMOID
 
-#define MELT_SIGMOID 16
-
-static void sigmoid_values(const float * x, float * y) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    const __m512 e   = ggml_v_expf(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(x)));
-    _mm512_storeu_ps(y, _mm512_div_ps(one, _mm512_add_ps(one, e)));
-}
-
-#elif defined(__AVX2__) && defined(__FMA__)
-
-#define MELT_SIGMOID 8
-
-static void sigmoid_values(const float * x, float * y) {
-    const __m256 one = _mm256_set1_ps(1.0f);
-    const __m256 e   = ggml_v_expf(_mm256_sub_ps(_mm256_setzero_ps(), _mm256_loadu_ps(x)));
-    _mm256_storeu_ps(y, _mm256_div_ps(one, _mm256_add_ps(one, e)));
-}
-
-#elif defined(__ARM_NEON) && defined(__aarch64__) && !defined(__ARM_FEATURE_SVE)
-
-#define MELT_SIGMOID 4
-
-static void sigmoid_values(const float * x, float * y) {
-    const float32x4_t one = vdupq_n_f32(1.0f);
-    const float32x4_t e   = ggml_v_expf(vnegq_f32(vld1q_f32(x)));
-    vst1q_f32(y, vdivq_f32(one, vaddq_f32(one, e)));
+static vf sigmoid(vf x) {
+    const vf one = vf_set(1.0f);
+    const vf e   = ggml_v_expf(vf_fma(x, vf_set(-1.0f), vf_zero()));
+    return vf_div(one, vf_fma(e, one, one));
 }
 
 #endif
@@ -53,8 +34,8 @@ bool melt_sigmoid(const ggml_compute_params * params, ggml_tensor * dst) {
     float *       y      = (float *) dst->data;
 
     int64_t i = first;
-    for (; i + MELT_SIGMOID <= end; i += MELT_SIGMOID) {
-        sigmoid_values(x + i, y + i);
+    for (; i + VF_N <= end; i += VF_N) {
+        vf_store(y + i, sigmoid(vf_load(x + i)));
     }
     for (; i < end; ++i) {
         y[i] = 1.0f / (1.0f + expf(-x[i]));

@@ -1,5 +1,6 @@
-// Float vectors for attn-decode.cpp: as many lanes as the CPU has, and the loads that widen cache rows to float.
-// Written once per instruction set: AVX-512, AVX2 with FMA and F16C, NEON on 64 bits, and one lane for the rest.
+// Float vectors for attn-decode.cpp and sigmoid.cpp: as many lanes as the CPU has, and the loads that widen cache rows
+// to float. Written once per instruction set: AVX-512, AVX2 with FMA and F16C, NEON on 64 bits, and one lane for the
+// rest.
 
 #pragma once
 
@@ -28,6 +29,9 @@ static inline void vf_store(float * p, vf a) {
 }
 static inline vf vf_fma(vf a, vf b, vf c) {
     return _mm512_fmadd_ps(a, b, c);
+}
+static inline vf vf_div(vf a, vf b) {
+    return _mm512_div_ps(a, b);
 }
 static inline vf vf_max(vf a, vf b) {
     return _mm512_max_ps(a, b);
@@ -74,6 +78,9 @@ static inline vf vf_fma(vf a, vf b, vf c) {
     return _mm256_fmadd_ps(a, b, c);
 }
 
+static inline vf vf_div(vf a, vf b) {
+    return _mm256_div_ps(a, b);
+}
 static inline vf vf_max(vf a, vf b) {
     return _mm256_max_ps(a, b);
 }
@@ -117,6 +124,9 @@ static inline void vf_store(float * p, vf a) {
 }
 static inline vf vf_fma(vf a, vf b, vf c) {
     return vfmaq_f32(c, a, b);
+}
+static inline vf vf_div(vf a, vf b) {
+    return vdivq_f32(a, b);
 }
 static inline vf vf_max(vf a, vf b) {
     return vmaxq_f32(a, b);
