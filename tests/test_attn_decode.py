@@ -5,9 +5,7 @@ One GGML_OP_FLASH_ATTN_EXT node at a time through ggml's C API, with the cache l
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from melt_edge.runtime.library import native_function
+from ggml_nodes import computed, ggml, ggml_context, tensor
 
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
 Q8_0, Q4_0, Q5_1 = GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q5_1
@@ -29,29 +27,6 @@ LIMITS = {F32: 1e-11, F16: 1e-11, BF16: 1e-11, Q8_0: 1e-8, Q4_0: 1e-8, Q5_1: 1e-
 # and against ggml's kernel, which sums an f16 V in f16 and rounds the query to the type of K
 LIMITS_GGML = {F32: 1e-8, F16: 1e-4, BF16: 1e-3, Q8_0: 1e-8, Q4_0: 1e-8, Q5_1: 1e-8}
 MAX_ROWS = 32  # query rows that the kernel takes; more go to ggml
-
-
-class _InitParams(ctypes.Structure):
-    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
-
-
-@cache
-def _ggml() -> dict[str, Any]:
-    pointer, i32, i64, f32 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-    signatures: dict[str, tuple[Any, ...]] = {
-        "ggml_init": (pointer, _InitParams),
-        "ggml_free": (None, pointer),
-        "ggml_new_tensor_4d": (pointer, pointer, i32, i64, i64, i64, i64),
-        "ggml_permute": (pointer, pointer, pointer, i32, i32, i32, i32),
-        "ggml_flash_attn_ext": (pointer, pointer, pointer, pointer, pointer, pointer, f32, f32, f32),
-        "ggml_flash_attn_ext_add_sinks": (None, pointer, pointer),
-        "ggml_get_data": (pointer, pointer),
-        "ggml_new_graph": (pointer, pointer),
-        "ggml_build_forward_expand": (None, pointer, pointer),
-        "ggml_graph_compute_with_ctx": (i32, pointer, pointer, i32),
-        "melt_edge_attn_decode_enable": (None, ctypes.c_bool),
-    }
-    return {name: native_function(name, *signature) for name, signature in signatures.items()}
 
 
 @dataclass
@@ -101,45 +76,29 @@ def attention(
 
 def compute(node: Attention, *, ours: bool, n_threads: int = 2) -> NDArray[np.float32]:
     """The node's result (streams, n_tokens, n_head, head_size), by our kernel or by ggml's."""
-    ggml = _ggml()
-    arrays = (node.q, node.k, node.v)
-    context = ggml["ggml_init"](_InitParams(sum(x.nbytes for x in arrays) * 2 + (32 << 20), None, False))
+    n_bytes = sum(x.nbytes for x in (node.q, node.k, node.v)) * 2 + (32 << 20)
+    with ggml_context(n_bytes) as context:
 
-    def tensor(values: NDArray[Any], kind: GGMLQuantizationType, *, swap: bool = False) -> Any:
-        shape = (1,) * (4 - values.ndim) + values.shape
-        handle = ggml["ggml_new_tensor_4d"](context, int(kind), *shape[::-1])
-        stored = np.ascontiguousarray(quants.quantize(values, kind))
-        ctypes.memmove(ggml["ggml_get_data"](handle), stored.ctypes.data, stored.nbytes)
-        return ggml["ggml_permute"](context, handle, 0, 2, 1, 3) if swap else handle
+        def swapped(values: NDArray[Any], kind: GGMLQuantizationType) -> Any:
+            return ggml()["ggml_permute"](context, tensor(context, values, kind), 0, 2, 1, 3)
 
-    try:
-        mask = None
-        if node.mask is not None:
-            mask = tensor(node.mask[:, None], F16)
-        out = ggml["ggml_flash_attn_ext"](
+        out = ggml()["ggml_flash_attn_ext"](
             context,
-            tensor(node.q, F32, swap=True),
-            tensor(node.k, node.k_type, swap=True),
-            tensor(node.v, node.v_type, swap=True),
-            mask,
+            swapped(node.q, F32),
+            swapped(node.k, node.k_type),
+            swapped(node.v, node.v_type),
+            None if node.mask is None else tensor(context, node.mask[:, None], F16),
             node.scale,
             node.max_bias,
             node.softcap,
         )
         if node.sinks is not None:
-            ggml["ggml_flash_attn_ext_add_sinks"](out, tensor(node.sinks, F32))
-        graph = ggml["ggml_new_graph"](context)
-        ggml["ggml_build_forward_expand"](graph, out)
-        ggml["melt_edge_attn_decode_enable"](ours)
+            ggml()["ggml_flash_attn_ext_add_sinks"](out, tensor(context, node.sinks))
+        ggml()["melt_edge_attn_decode_enable"](ours)
         try:
-            assert ggml["ggml_graph_compute_with_ctx"](context, graph, n_threads) == 0
+            return computed(context, out, node.q.shape[:3] + node.v.shape[3:], n_threads)
         finally:
-            ggml["melt_edge_attn_decode_enable"](True)
-        shape = node.q.shape[:3] + node.v.shape[3:]
-        data = ctypes.cast(ggml["ggml_get_data"](out), ctypes.POINTER(ctypes.c_float))
-        return np.ctypeslib.as_array(data, shape).copy()
-    finally:
-        ggml["ggml_free"](context)
+            ggml()["melt_edge_attn_decode_enable"](True)
 
 
 def stored(values: NDArray[np.float32], kind: GGMLQuantizationType) -> NDArray[np.float64]:

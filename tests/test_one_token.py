@@ -5,12 +5,10 @@ What each thread computes is the same with and without the waits, so logits are 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ggml_nodes import computed, ggml, ggml_context, tensor
 from melt_edge.compare.random_model import random_model
 from melt_edge.compare.shapes import shape_config
-from melt_edge.runtime.library import native_function
 
 # Prints a digest of the logits of tokens that are computed one by one, for each number of threads.
 CHILD = """
@@ -39,29 +37,10 @@ for n_threads in (1, 2, 3):
 """
 
 
-class _InitParams(ctypes.Structure):
-    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
-
-
 def node(name: str, rows: NDArray[np.float32], *arguments: float) -> NDArray[np.float32]:
     """The ggml node of that name over float32 rows, by two threads."""
-    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-
-    def call(function: str, result: Any, *types: Any) -> Any:
-        return native_function(function, result, *types)
-
-    context = call("ggml_init", pointer, _InitParams)(_InitParams(2 * rows.nbytes + (1 << 20), None, False))
-    try:
-        source = call("ggml_new_tensor_2d", pointer, pointer, i32, i64, i64)(context, 0, rows.shape[1], rows.shape[0])
-        data = call("ggml_get_data", pointer, pointer)
-        ctypes.memmove(data(source), rows.ctypes.data, rows.nbytes)
-        made = call(name, pointer, pointer, pointer, *[ctypes.c_float] * len(arguments))(context, source, *arguments)
-        graph = call("ggml_new_graph", pointer, pointer)(context)
-        call("ggml_build_forward_expand", None, pointer, pointer)(graph, made)
-        assert call("ggml_graph_compute_with_ctx", i32, pointer, pointer, i32)(context, graph, 2) == 0
-        return np.ctypeslib.as_array(ctypes.cast(data(made), ctypes.POINTER(ctypes.c_float)), rows.shape).copy()
-    finally:
-        call("ggml_free", None, pointer)(context)
+    with ggml_context(2 * rows.nbytes + (1 << 20)) as context:
+        return computed(context, ggml()[name](context, tensor(context, rows), *arguments), rows.shape, n_threads=2)
 
 
 def logits(path: Path, *, one_token: str) -> str:
