@@ -175,7 +175,7 @@ def _report(rows: list[Row], as_json: bool, csv_file: Path | None, plot_file: Pa
     from melt_edge.compare.paper import paper_table
     from melt_edge.compare.plot import write_plot
     from melt_edge.compare.table import csv_text
-    from melt_edge.files import atomic_output
+    from melt_edge.files import atomic_output, write_text
 
     paper = paper_table(rows)
     if as_json:
@@ -183,8 +183,7 @@ def _report(rows: list[Row], as_json: bool, csv_file: Path | None, plot_file: Pa
     else:
         _show(rows, paper)
     if csv_file is not None:
-        with atomic_output(csv_file, force=True) as temporary:
-            temporary.write_text(csv_text(rows), encoding="utf-8")
+        write_text(csv_file, csv_text(rows))
     if plot_file is not None and rows:
         with atomic_output(plot_file, force=True) as temporary:
             write_plot(rows, temporary, format=plot_file.suffix.lower().lstrip("."))

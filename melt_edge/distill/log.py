@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from melt_edge.files import atomic_output
+from melt_edge.files import write_text
 
 
 class StepLog:
@@ -17,8 +17,7 @@ class StepLog:
     def __init__(self, path: Path, *, first_step: int) -> None:
         self.path = path
         kept = [line for line in _lines(path) if line["step"] < first_step]
-        with atomic_output(path, force=True) as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one step, in one write."""
