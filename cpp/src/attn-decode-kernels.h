@@ -1,5 +1,5 @@
 // What attn-decode.cpp does with rows of the cache: products of K rows with queries, weighted sums of V rows.
-// Float types here, 8 and 4 bits in attn-decode-avx2.h where the CPU has it, else here as well.
+// Float types here, 8 and 4 bits here too where CPUs have no kernel of their own (attn-decode-blocks-*.h).
 
 #pragma once
 
@@ -8,45 +8,55 @@
 #include "ggml-common.h"
 #include "ggml.h"
 
+#include <algorithm>
+
 enum {
-    N_CELLS = 8,  // rows that are read side by side; a tile is filled up to a multiple of it
-    TILE    = 64, // the most rows between two updates of the softmax
+    N_CELLS = 8,    // rows that are read side by side; a tile is filled up to a multiple of it
+    TILE    = 64,   // the most rows between two updates of the softmax
+    AHEAD   = 8192, // bytes: far enough to hide the memory
 };
 
-// Rows that will be needed next: the kernels ask for n_bytes of each while they work, so that the memory never waits
-// for arithmetic. As many rows as the kernel works on.
+// GCC takes a function that only prefetches for one without effect, and drops its calls before it inlines it
+#if defined(__GNUC__) || defined(__clang__)
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+#else
+#define ALWAYS_INLINE inline
+#endif
+
+// Rows of K or V, one for each cell, with n values for each of their heads.
+struct cache_rows {
+    const char * const * rows;
+    size_t               head_stride; // bytes
+    int                  n_head;
+    int                  n;
+
+    const char * head(int cell, int h) const { return rows[cell] + h * head_stride; }
+};
+
+// Rows that will be needed next: a kernel asks for n_bytes of each head while it works, so that the memory never waits
+// for arithmetic.
 struct next_rows {
     const char * const * rows;
-    size_t               n_bytes;
+    size_t               head_stride;
+    size_t               n_bytes; // 0: nothing to ask for
 
-    void fetch(int row) const {
-        for (size_t i = 0; i < n_bytes; i += 64) {
-            fetch_line(row, i);
-        }
-    }
-
-    void fetch_line(int row, size_t offset) const {
+    ALWAYS_INLINE void fetch(int row, int h) const {
 #if defined(__GNUC__) || defined(__clang__)
-        __builtin_prefetch(rows[row] + offset, 0, 2);
+        const char * p = rows[row] + h * head_stride;
+        for (size_t i = 0; i < n_bytes; i += 64) {
+            __builtin_prefetch(p + i, 0, 2);
+        }
 #endif
     }
 };
 
-// Scores of N_CELLS rows of one K head against the n_q query heads that share it: s[i*TILE + c] = q[i] . k[c]
-using dot_cells_t = void (*)(int n, const char * const * k, const char * q, size_t q_stride, int n_q, float * s,
-                             next_rows next);
+// Scores of N_CELLS rows of K against the n_q query heads that share each of their heads: s[(h*n_q + i)*TILE + c]
+using dot_cells_t = void (*)(const cache_rows & k, const char * q, size_t q_stride, int n_q, float * s,
+                             const next_rows & next);
 
-// out[i] += sum over c < n_cells of w[i*TILE + c] * v[c], for the n_q query heads that share a V head; out: [n_q][n].
-// n_cells is a multiple of N_CELLS.
-using add_cells_t = void (*)(int n, const char * const * v, int n_cells, const float * w, int n_q, float * out,
-                             next_rows next);
-
-// GCC would load the value again for each use
-#if defined(__GNUC__) && defined(__x86_64__)
-#define KEEP_IN_REGISTER(x) __asm__("" : "+v"(x))
-#else
-#define KEEP_IN_REGISTER(x)
-#endif
+// out[(h*n_q + i)*n] += sum over c < n_cells of w[(h*n_q + i)*TILE + c] * v[c], for the n_q query heads that share each
+// head of V. n_cells is a multiple of N_CELLS.
+using add_cells_t = void (*)(const cache_rows & v, int n_cells, const float * w, int n_q, float * out);
 
 struct load_f32 {
     using type = float;
@@ -66,200 +76,315 @@ struct load_bf16 {
     static float one(ggml_bf16_t x) { return GGML_BF16_TO_FP32(x); }
 };
 
-// NC rows and NQ queries, so many that their sums fit into the registers
-template <class L, int NC, int NQ>
-static void dot_floats(int n, const char * const * k, const char * q, size_t q_stride, float * s) {
-    const typename L::type * x[NC];
-    const float *            y[NQ];
-    vf                       sum[NQ * NC];
-    for (int c = 0; c < NC; c++) {
-        x[c] = (const typename L::type *) k[c];
-    }
-    for (int i = 0; i < NQ; i++) {
-        y[i] = (const float *) (q + i * q_stride);
-    }
-    for (vf & z : sum) {
-        z = vf_zero();
-    }
-    int j = 0;
-    for (; j + VF_N <= n; j += VF_N) {
-        vf b[NQ];
+// One head's products with NQ queries.
+template <class L>
+struct dot_float {
+    using sum_t = vf;
+
+    // in lanes, of what fills whole vectors
+    template <int NQ>
+    static ALWAYS_INLINE void head(int n, const char * k, const char * q, size_t q_stride, vf * sum) {
+        const typename L::type * x = (const typename L::type *) k;
+        vf                       a[NQ][2];
         for (int i = 0; i < NQ; i++) {
-            b[i] = vf_load(y[i] + j);
-            KEEP_IN_REGISTER(b[i]);
+            a[i][0] = a[i][1] = vf_zero();
+        }
+        const auto query = [&](int i, int j) {
+            return vf_load((const float *) (q + i * q_stride) + j);
+        };
+        int j = 0;
+        for (; j + 2 * VF_N <= n; j += 2 * VF_N) {
+            const vf b[2] = {L::load(x + j), L::load(x + j + VF_N)};
+            for (int i = 0; i < NQ; i++) {
+                a[i][0] = vf_fma(b[0], query(i, j), a[i][0]);
+                a[i][1] = vf_fma(b[1], query(i, j + VF_N), a[i][1]);
+            }
+        }
+        for (; j + VF_N <= n; j += VF_N) {
+            const vf b = L::load(x + j);
+            for (int i = 0; i < NQ; i++) {
+                a[i][0] = vf_fma(b, query(i, j), a[i][0]);
+            }
+        }
+        for (int i = 0; i < NQ; i++) {
+            sum[i] = vf_add(a[i][0], a[i][1]);
+        }
+    }
+
+    static vf   zero() { return vf_zero(); }
+    static void sum_4(const vf * x, float * y) { vf_sum_4(x[0], x[1], x[2], x[3], y); }
+
+    static bool  has_rest(int n) { return n % VF_N != 0; }
+    static float rest(int n, const char * k, const char * q) {
+        float sum = 0.0f;
+        for (int j = n / VF_N * VF_N; j < n; j++) {
+            sum += ((const float *) q)[j] * L::one(((const typename L::type *) k)[j]);
+        }
+        return sum;
+    }
+};
+
+// The scores s[i*TILE] of NH heads with NQ queries each, four or fewer together: they are added up over their lanes at
+// once.
+template <class D, int NH, int NQ>
+static ALWAYS_INLINE void dot_heads(int n, const char * k, size_t k_stride, const char * q, size_t q_stride,
+                                    float * s) {
+    typename D::sum_t sum[4];
+    for (int h = 0; h < NH; h++) {
+        D::template head<NQ>(n, k + h * k_stride, q + h * NQ * q_stride, q_stride, sum + h * NQ);
+    }
+    for (int i = NH * NQ; i < 4; i++) {
+        sum[i] = D::zero();
+    }
+    float total[4];
+    D::sum_4(sum, total);
+    for (int i = 0; i < NH * NQ; i++) {
+        s[i * TILE] = total[i];
+    }
+    if (D::has_rest(n)) {
+        for (int i = 0; i < NH * NQ; i++) {
+            s[i * TILE] += D::rest(n, k + i / NQ * k_stride, q + i * q_stride);
+        }
+    }
+}
+
+// Row after row, head after head: where a row is read in its order, the processor fetches it at the memory's speed
+// unasked.
+template <class D, int N>
+static void dot_cells_in_order(const cache_rows & k, const char * q, size_t q_stride, int n_q, float * s,
+                               const next_rows & next) {
+    const int    n        = N ? N : k.n;
+    const int    n_head   = k.n_head;
+    const size_t k_stride = k.head_stride;
+    for (int c = 0; c < N_CELLS; c++) {
+        const char * k_h = k.rows[c];
+        const char * q_h = q;
+        float *      s_h = s + c;
+        int          h   = 0;
+        for (; n_q == 1 && h + 4 <= n_head; h += 4) {
+            dot_heads<D, 4, 1>(n, k_h, k_stride, q_h, q_stride, s_h);
+            for (int i = 0; i < 4 && next.n_bytes > 0; i++) {
+                next.fetch(c, h + i);
+            }
+            k_h += 4 * k_stride;
+            q_h += 4 * q_stride;
+            s_h += 4 * TILE;
+        }
+        for (; h < n_head; h++, k_h += k_stride) {
+            if (next.n_bytes > 0) {
+                next.fetch(c, h);
+            }
+            int i = 0;
+            for (; i + 4 <= n_q; i += 4, q_h += 4 * q_stride, s_h += 4 * TILE) {
+                dot_heads<D, 1, 4>(n, k_h, k_stride, q_h, q_stride, s_h);
+            }
+            for (; i + 2 <= n_q; i += 2, q_h += 2 * q_stride, s_h += 2 * TILE) {
+                dot_heads<D, 1, 2>(n, k_h, k_stride, q_h, q_stride, s_h);
+            }
+            for (; i < n_q; i++, q_h += q_stride, s_h += TILE) {
+                dot_heads<D, 1, 1>(n, k_h, k_stride, q_h, q_stride, s_h);
+            }
+        }
+    }
+}
+
+template <class D>
+static void dot_cells_in_order(const cache_rows & k, const char * q, size_t q_stride, int n_q, float * s,
+                               const next_rows & next) {
+    switch (k.n) {
+        case 64: return dot_cells_in_order<D, 64>(k, q, q_stride, n_q, s, next);
+        case 128: return dot_cells_in_order<D, 128>(k, q, q_stride, n_q, s, next);
+        default: return dot_cells_in_order<D, 0>(k, q, q_stride, n_q, s, next);
+    }
+}
+
+// NC rows of one head and NQ queries, from value j on, NV vectors at a time. Returns the first value that is left.
+template <class L, int NC, int NQ, int NV>
+static ALWAYS_INLINE int add_vectors(const cache_rows & v, int n, int h, int j, const float * w, float * out) {
+    const typename L::type * x[NC];
+    for (int c = 0; c < NC; c++) {
+        x[c] = (const typename L::type *) v.head(c, h);
+    }
+    for (; j + NV * VF_N <= n; j += NV * VF_N) {
+        vf sum[NQ][NV];
+        for (int i = 0; i < NQ; i++) {
+            for (int k = 0; k < NV; k++) {
+                sum[i][k] = vf_load(out + i * n + j + k * VF_N);
+            }
         }
         for (int c = 0; c < NC; c++) {
-            const vf a = L::load(x[c] + j);
+            vf a[NV];
+            for (int k = 0; k < NV; k++) {
+                a[k] = L::load(x[c] + j + k * VF_N);
+            }
             for (int i = 0; i < NQ; i++) {
-                sum[i * NC + c] = vf_fma(a, b[i], sum[i * NC + c]);
-            }
-        }
-    }
-    float total[NQ * NC];
-    for (int g = 0; g < NQ * NC; g += 4) {
-        vf_sum_4(sum[g], sum[g + 1], sum[g + 2], sum[g + 3], total + g);
-    }
-    for (; j < n; j++) {
-        for (int g = 0; g < NQ * NC; g++) {
-            total[g] += y[g / NC][j] * L::one(x[g % NC][j]);
-        }
-    }
-    for (int g = 0; g < NQ * NC; g++) {
-        s[g / NC * TILE + g % NC] = total[g];
-    }
-}
-
-template <class L>
-static void dot_cells_float(int n, const char * const * k, const char * q, size_t q_stride, int n_q, float * s,
-                            next_rows next) {
-    for (int c = 0; c < N_CELLS; c++) {
-        next.fetch(c);
-    }
-    int i = 0;
-    for (; i + 4 <= n_q; i += 4) {
-        for (int c = 0; c < N_CELLS; c += 2) {
-            dot_floats<L, 2, 4>(n, k + c, q + i * q_stride, q_stride, s + i * TILE + c);
-        }
-    }
-    for (; i + 2 <= n_q; i += 2) {
-        for (int c = 0; c < N_CELLS; c += 4) {
-            dot_floats<L, 4, 2>(n, k + c, q + i * q_stride, q_stride, s + i * TILE + c);
-        }
-    }
-    for (; i < n_q; i++) {
-        dot_floats<L, 8, 1>(n, k, q + i * q_stride, q_stride, s + i * TILE);
-    }
-}
-
-// 4 rows, NQ queries, and NV vectors at a time
-template <class L, int NQ, int NV>
-static void add_floats(int n, const char * const * v, const float * w, float * out) {
-    const typename L::type * x[4];
-    vf                       weight[NQ * 4];
-    for (int c = 0; c < 4; c++) {
-        x[c] = (const typename L::type *) v[c];
-        for (int i = 0; i < NQ; i++) {
-            weight[i * 4 + c] = vf_set(w[i * TILE + c]);
-        }
-    }
-    int j = 0;
-    for (; j + NV * VF_N <= n; j += NV * VF_N) {
-        vf a[4][NV];
-        for (int c = 0; c < 4; c++) {
-            for (int k = 0; k < NV; k++) {
-                a[c][k] = L::load(x[c] + j + k * VF_N);
-            }
-        }
-        for (int i = 0; i < NQ; i++) {
-            vf sum[NV];
-            for (int k = 0; k < NV; k++) {
-                sum[k] = vf_load(out + i * n + j + k * VF_N);
-            }
-            for (int c = 0; c < 4; c++) {
-                // for four queries the registers are too few to hold the weights
-                const vf z = NQ < 4 ? weight[i * 4 + c] : vf_set(w[i * TILE + c]);
+                const vf z = vf_set(w[i * TILE + c]);
                 for (int k = 0; k < NV; k++) {
-                    sum[k] = vf_fma(z, a[c][k], sum[k]);
+                    sum[i][k] = vf_fma(z, a[k], sum[i][k]);
                 }
             }
+        }
+        for (int i = 0; i < NQ; i++) {
             for (int k = 0; k < NV; k++) {
-                vf_store(out + i * n + j + k * VF_N, sum[k]);
+                vf_store(out + i * n + j + k * VF_N, sum[i][k]);
             }
         }
     }
+    return j;
+}
+
+template <class L, int NC, int NQ>
+static ALWAYS_INLINE void add_head(const cache_rows & v, int n, int h, const float * w, float * out) {
+    // a line of the row, or half of it where the registers are too few for the sums
+    constexpr int NV = std::max<int>(1, 64 / sizeof(typename L::type) / VF_N / (NQ == 4 && VF_N < 16 ? 2 : 1));
+    int           j  = add_vectors<L, NC, NQ, NV>(v, n, h, 0, w, out);
+    j                = add_vectors<L, NC, NQ, 1>(v, n, h, j, w, out);
     for (; j < n; j++) {
         for (int i = 0; i < NQ; i++) {
-            for (int c = 0; c < 4; c++) {
-                out[i * n + j] += w[i * TILE + c] * L::one(x[c][j]);
+            for (int c = 0; c < NC; c++) {
+                out[i * n + j] += w[i * TILE + c] * L::one(((const typename L::type *) v.head(c, h))[j]);
             }
         }
     }
 }
 
-template <class L>
-static void add_cells_float(int n, const char * const * v, int n_cells, const float * w, int n_q, float * out,
-                            next_rows next) {
-    for (int c = 0; c < n_cells; c += 4) {
-        for (int k = 0; k < 4; k++) {
-            next.fetch(c + k);
+// NC rows at a time: add(the rows, the number of the first, head) for each head, of which those to come are asked for.
+template <int NC, class F>
+static inline void for_heads(const cache_rows & v, int n_cells, size_t head_bytes, F && add) {
+    const int ahead = std::max<int>(1, AHEAD / (v.n_head * head_bytes) / NC) * NC;
+    for (int c = 0; c < n_cells; c += NC) {
+        const cache_rows part = {v.rows + c, v.head_stride, v.n_head, v.n};
+        const next_rows  next = {v.rows + c + ahead, v.head_stride, head_bytes};
+        for (int h = 0; h < v.n_head; h++) {
+            for (int i = 0; i < NC && c + ahead + NC <= n_cells; i++) {
+                next.fetch(i, h);
+            }
+            add(part, c, h);
         }
-        int i = 0;
+    }
+}
+
+// One query to a head: in the order of memory, as K. More: several rows at once, which spares their sums' way through
+// the L1 cache.
+template <class L, int N>
+static void add_cells_float(const cache_rows & v, int n_cells, const float * w, int n_q, float * out) {
+    const int    n          = N ? N : v.n;
+    const size_t head_bytes = n * sizeof(typename L::type);
+    if (n_q == 1) {
+        for_heads<1>(v, n_cells, head_bytes, [&](const cache_rows & part, int c, int h) {
+            add_head<L, 1, 1>(part, n, h, w + h * TILE + c, out + h * n);
+        });
+        return;
+    }
+    for_heads<N_CELLS>(v, n_cells, head_bytes, [&](const cache_rows & part, int c, int h) {
+        const float * w_h = w + h * n_q * TILE + c;
+        float *       o_h = out + h * n_q * n;
+        int           i   = 0;
         for (; i + 4 <= n_q; i += 4) {
-            add_floats<L, 4, 2>(n, v + c, w + i * TILE + c, out + i * n);
+            add_head<L, N_CELLS, 4>(part, n, h, w_h + i * TILE, o_h + i * n);
         }
         for (; i + 2 <= n_q; i += 2) {
-            add_floats<L, 2, 1>(n, v + c, w + i * TILE + c, out + i * n);
+            add_head<L, N_CELLS, 2>(part, n, h, w_h + i * TILE, o_h + i * n);
         }
         for (; i < n_q; i++) {
-            add_floats<L, 1, 1>(n, v + c, w + i * TILE + c, out + i * n);
+            add_head<L, N_CELLS, 1>(part, n, h, w_h + i * TILE, o_h + i * n);
         }
+    });
+}
+
+template <class L>
+static void add_cells_float(const cache_rows & v, int n_cells, const float * w, int n_q, float * out) {
+    switch (v.n) {
+        case 64: return add_cells_float<L, 64>(v, n_cells, w, n_q, out);
+        case 128: return add_cells_float<L, 128>(v, n_cells, w, n_q, out);
+        default: return add_cells_float<L, 0>(v, n_cells, w, n_q, out);
     }
 }
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
-#include "attn-decode-avx2.h"
+#include "attn-decode-blocks-x86.h"
 
 #else
 
-static void add_cells_q8_0(int n, const char * const * v, int n_cells, const float * w, int n_q, float * out,
-                           next_rows next) {
-    for (int c = 0; c < n_cells; c += 4) {
-        for (int k = 0; k < 4; k++) {
-            next.fetch(c + k);
+// -- 8 and 4 bits, in floats
+
+struct load_q8_0 {
+    using type = block_q8_0;
+    static void load(const type & x, vf * y) {
+        for (int k = 0; k < QK8_0 / VF_N; k++) {
+            y[k] = vf_load_i8(x.qs + k * VF_N);
         }
-        for (int b = 0; b < n / QK8_0; b++) {
-            const block_q8_0 * x[4];
-            float              d[4];
-            for (int k = 0; k < 4; k++) {
-                x[k] = (const block_q8_0 *) v[c + k] + b;
-                d[k] = GGML_CPU_FP16_TO_FP32(x[k]->d);
+    }
+};
+
+struct load_q4_0 {
+    using type = block_q4_0;
+    static void load(const type & x, vf * y) {
+        constexpr int N_HALF = QK4_0 / 2 / VF_N;
+        for (int k = 0; k < N_HALF; k++) {
+            vf_load_i4(x.qs + k * VF_N, y[k], y[N_HALF + k]);
+        }
+    }
+};
+
+// N_CELLS blocks and NQ queries
+template <class B, int NQ>
+static inline void add_block(const typename B::type * const * x, const float * w, float * out, int n) {
+    constexpr int NV = 32 / VF_N;
+    float         weight[NQ][N_CELLS];
+    for (int c = 0; c < N_CELLS; c++) {
+        const float d = GGML_CPU_FP16_TO_FP32(x[c]->d);
+        for (int i = 0; i < NQ; i++) {
+            weight[i][c] = w[i * TILE + c] * d;
+        }
+    }
+    vf sum[NQ][NV];
+    for (int i = 0; i < NQ; i++) {
+        for (int k = 0; k < NV; k++) {
+            sum[i][k] = vf_load(out + i * n + k * VF_N);
+        }
+    }
+    for (int c = 0; c < N_CELLS; c++) {
+        vf a[NV];
+        B::load(*x[c], a);
+        for (int i = 0; i < NQ; i++) {
+            const vf z = vf_set(weight[i][c]);
+            for (int k = 0; k < NV; k++) {
+                sum[i][k] = vf_fma(z, a[k], sum[i][k]);
             }
-            for (int i = 0; i < n_q; i++) {
-                for (int j = 0; j < QK8_0; j += VF_N) {
-                    float * p   = out + i * n + b * QK8_0 + j;
-                    vf      sum = vf_load(p);
-                    for (int k = 0; k < 4; k++) {
-                        sum = vf_fma(vf_set(w[i * TILE + c + k] * d[k]), vf_load_i8(x[k]->qs + j), sum);
-                    }
-                    vf_store(p, sum);
-                }
-            }
+        }
+    }
+    for (int i = 0; i < NQ; i++) {
+        for (int k = 0; k < NV; k++) {
+            vf_store(out + i * n + k * VF_N, sum[i][k]);
         }
     }
 }
 
-static void add_cells_q4_0(int n, const char * const * v, int n_cells, const float * w, int n_q, float * out,
-                           next_rows next) {
-    for (int c = 0; c < n_cells; c += 4) {
-        for (int k = 0; k < 4; k++) {
-            next.fetch(c + k);
-        }
-        for (int b = 0; b < n / QK4_0; b++) {
-            const block_q4_0 * x[4];
-            float              d[4];
-            for (int k = 0; k < 4; k++) {
-                x[k] = (const block_q4_0 *) v[c + k] + b;
-                d[k] = GGML_CPU_FP16_TO_FP32(x[k]->d);
+template <class B>
+static void add_cells_blocks_float(const cache_rows & v, int n_cells, const float * w, int n_q, float * out) {
+    using block        = typename B::type;
+    const int n_blocks = v.n / 32;
+    for_heads<N_CELLS>(v, n_cells, n_blocks * sizeof(block), [&](const cache_rows & part, int c, int h) {
+        for (int b = 0; b < n_blocks; b++) {
+            const block * x[N_CELLS];
+            for (int k = 0; k < N_CELLS; k++) {
+                x[k] = (const block *) part.head(k, h) + b;
             }
-            for (int i = 0; i < n_q; i++) {
-                for (int j = 0; j < QK4_0 / 2; j += VF_N) {
-                    float * p      = out + i * n + b * QK4_0 + j;
-                    vf      sum_lo = vf_load(p);
-                    vf      sum_hi = vf_load(p + QK4_0 / 2);
-                    for (int k = 0; k < 4; k++) {
-                        const vf weight = vf_set(w[i * TILE + c + k] * d[k]);
-                        vf       lo, hi;
-                        vf_load_i4(x[k]->qs + j, lo, hi);
-                        sum_lo = vf_fma(weight, lo, sum_lo);
-                        sum_hi = vf_fma(weight, hi, sum_hi);
-                    }
-                    vf_store(p, sum_lo);
-                    vf_store(p + QK4_0 / 2, sum_hi);
-                }
+            const float * w_b = w + h * n_q * TILE + c;
+            float *       o_b = out + h * n_q * v.n + b * 32;
+            int           i   = 0;
+            for (; i + 2 <= n_q; i += 2) {
+                add_block<B, 2>(x, w_b + i * TILE, o_b + i * v.n, v.n);
+            }
+            for (; i < n_q; i++) {
+                add_block<B, 1>(x, w_b + i * TILE, o_b + i * v.n, v.n);
             }
         }
-    }
+    });
 }
 
+static const add_cells_t add_cells_q8_0 = add_cells_blocks_float<load_q8_0>;
+static const add_cells_t add_cells_q4_0 = add_cells_blocks_float<load_q4_0>;
 #endif

@@ -17,19 +17,19 @@
 #include <cstring>
 
 enum {
-    MAX_ROWS   = 32,       // query rows; above, the partial results take more memory than they are worth
-    TILE_BYTES = 48 << 10, // of K, and of V: both lie in the L2 cache while they are fetched and used
+    MAX_ROWS   = 32,        // query rows; above, the partial results take more memory than they are worth
+    TILE_BYTES = 160 << 10, // of a quantized V, which is fetched into the L2 cache while K is read
 };
 
 // The kernel of K's type; none: ggml's own products are used.
 static dot_cells_t get_dot_cells(ggml_type type) {
     switch (type) {
-        case GGML_TYPE_F32: return dot_cells_float<load_f32>;
-        case GGML_TYPE_F16: return dot_cells_float<load_f16>;
-        case GGML_TYPE_BF16: return dot_cells_float<load_bf16>;
+        case GGML_TYPE_F32: return dot_cells_in_order<dot_float<load_f32>>;
+        case GGML_TYPE_F16: return dot_cells_in_order<dot_float<load_f16>>;
+        case GGML_TYPE_BF16: return dot_cells_in_order<dot_float<load_bf16>>;
 #ifdef MELT_Q_BLOCKS
-        case GGML_TYPE_Q8_0: return dot_cells_blocks<block_8>;
-        case GGML_TYPE_Q4_0: return dot_cells_blocks<block_4>;
+        case GGML_TYPE_Q8_0: return dot_cells_in_order<dot_blocks<block_8>>;
+        case GGML_TYPE_Q4_0: return dot_cells_in_order<dot_blocks<block_4>>;
 #endif
         default: return nullptr;
     }
@@ -107,9 +107,12 @@ static bool attn_decode_init(attn_decode & a, const ggml_tensor * dst) {
         return false;
     }
 
-    const size_t row_bytes =
-        std::max(ggml_row_size(a.k->type, a.n_embd_k), ggml_row_size(a.v->type, a.n_embd_v)) * a.n_head_kv;
-    a.n_tile = std::clamp<size_t>(TILE_BYTES / row_bytes / N_CELLS * N_CELLS, N_CELLS, TILE);
+    // a quantized V is fetched a tile ahead
+    a.n_tile = TILE;
+    if (ggml_is_quantized(a.v->type)) {
+        const size_t row_bytes = ggml_row_size(a.v->type, a.n_embd_v) * a.n_head_kv;
+        a.n_tile               = std::clamp<size_t>(TILE_BYTES / row_bytes / N_CELLS * N_CELLS, N_CELLS, TILE);
+    }
 
     a.q_bytes = a.q_tmp_bytes = 0;
     if (ggml_is_quantized(a.k->type)) {
@@ -143,12 +146,24 @@ struct open_cells {
 
     bool is_open(int64_t cell) const { return mask == nullptr || mask[cell] != 0xFC00; } // -inf
 
-    int64_t count(int64_t n_kv) const {
-        int64_t n = 0;
-        for (int64_t cell = 0; cell < n_kv; cell++) {
-            n += is_open(cell);
+    // of the next n cells
+    int64_t count(int64_t n) const {
+        if (mask == nullptr) {
+            return n;
         }
-        return n;
+        int32_t n_open = 0;
+        for (int64_t i = next; i < next + n; i++) {
+            n_open += mask[i] != 0xFC00;
+        }
+        return n_open;
+    }
+
+    void skip(int64_t n) {
+        while (n >= TILE) { // there are as many cells, at least
+            n -= count(TILE);
+            next += TILE;
+        }
+        take(n, nullptr);
     }
 
     // writes n of them, or skips them
@@ -173,9 +188,7 @@ struct tile {
         n_cells  = n;
         n_padded = GGML_PAD(n, N_CELLS);
         open.take(n, cells);
-        if (n > 0) {
-            std::fill(cells + n_cells, cells + n_padded, cells[n - 1]);
-        }
+        std::fill(cells + n_cells, cells + n_padded, cells[n - 1]);
     }
 };
 
@@ -226,7 +239,8 @@ static void attn_decode_row(const attn_decode & a, int64_t row, int ith, int nth
             a.q_traits->from_float(from, a.dot ? q_tmp : to, a.n_embd_k);
 #ifdef MELT_Q_BLOCKS
             if (a.dot) {
-                q_blocks_from_q8_0(a.n_embd_k, (const block_q8_0 *) q_tmp, (q_block *) to);
+                q_blocks_from_q8_0(a.n_embd_k, a.k->type == GGML_TYPE_Q8_0 ? block_8::OFFSET : block_4::OFFSET,
+                                   (const block_q8_0 *) q_tmp, (q_block *) to);
             }
 #endif
         }
@@ -241,41 +255,32 @@ static void attn_decode_row(const attn_decode & a, int64_t row, int ith, int nth
     std::fill(S, sum + a.n_head * a.n_embd_v, 0.0f);
 
     // the threads share the cells that this row may see, not the cells that there are
-    const int64_t n_open = open.mask ? open.count(a.n_kv) : a.n_kv;
+    const int64_t n_open = open.count(a.n_kv);
     const int64_t first  = n_open * ith / nth;
     int64_t       left   = n_open * (ith + 1) / nth - first;
-    if (open.mask) {
-        open.take(first, nullptr);
-    } else {
-        open.next = first;
-    }
+    open.skip(first);
 
-    const size_t k_bytes = ggml_row_size(a.k->type, a.n_embd_k); // of one head
-    const size_t v_bytes = ggml_row_size(a.v->type, a.n_embd_v);
-    const char * rows[TILE];
-    const char * next[TILE]; // while K is read, the same cells' V is fetched; while V is, the next tile's K
-    tile         now, then;
-    then.take(open, std::min<int64_t>(left, a.n_tile));
-    while (then.n_cells > 0) {
-        now = then;
-        left -= now.n_cells;
+    const size_t v_bytes = ggml_row_size(a.v->type, a.n_embd_v); // of one head
+    const bool   fetch_v = ggml_is_quantized(a.v->type);
+    const char * k_rows[TILE];
+    const char * v_rows[TILE];
+    for (tile now; left > 0; left -= now.n_cells) {
+        now.take(open, std::min<int64_t>(left, a.n_tile));
+        for (int c = 0; c < now.n_padded; c++) {
+            k_rows[c] = k + now.cells[c] * a.k->nb[1];
+            v_rows[c] = v + now.cells[c] * a.v->nb[1];
+        }
 
         for (int c = 0; c < now.n_padded; c += N_CELLS) {
-            for (int64_t h = 0; h < a.n_head_kv; h++) {
-                for (int j = 0; j < N_CELLS; j++) {
-                    rows[j] = k + now.cells[c + j] * a.k->nb[1] + h * a.k->nb[2];
-                    next[j] = v + now.cells[c + j] * a.v->nb[1] + h * a.v->nb[2];
-                }
-                const char * q_h = q + h * n_q * q_stride;
-                float *      s   = score + h * n_q * TILE + c;
-                if (a.dot) {
-                    a.dot(a.n_embd_k, rows, q_h, q_stride, n_q, s, {next, v_bytes});
-                    continue;
-                }
-                for (int i = 0; i < n_q; i++) {
-                    for (int j = 0; j < N_CELLS; j++) {
-                        a.k_traits->vec_dot(a.n_embd_k, s + i * TILE + j, 0, rows[j], 0, q_h + i * q_stride, 0, 1);
-                    }
+            if (a.dot) {
+                const cache_rows part = {k_rows + c, a.k->nb[2], (int) a.n_head_kv, (int) a.n_embd_k};
+                a.dot(part, q, q_stride, n_q, score + c, {v_rows + c, a.v->nb[2], fetch_v || c == 0 ? v_bytes : 0});
+                continue;
+            }
+            for (int64_t h = 0; h < a.n_head; h++) {
+                for (int j = c; j < c + N_CELLS; j++) {
+                    a.k_traits->vec_dot(a.n_embd_k, score + h * TILE + j, 0, k_rows[j] + h / n_q * a.k->nb[2], 0,
+                                        q + h * q_stride, 0, 1);
                 }
             }
         }
@@ -297,24 +302,19 @@ static void attn_decode_row(const attn_decode & a, int64_t row, int ith, int nth
             S[h] += ggml_vec_soft_max_f32(now.n_padded, s, s, max);
         }
 
-        then.take(open, std::min<int64_t>(left, a.n_tile));
+        if (a.add) {
+            a.add({v_rows, a.v->nb[2], (int) a.n_head_kv, (int) a.n_embd_v}, now.n_padded, score, n_q, sum);
+            continue;
+        }
         for (int64_t h = 0; h < a.n_head_kv; h++) {
+            const char * rows[TILE];
             for (int c = 0; c < now.n_padded; c++) {
-                rows[c] = v + now.cells[c] * a.v->nb[1] + h * a.v->nb[2];
-                next[c] = k + then.cells[c < then.n_padded ? c : 0] * a.k->nb[1] + h * a.k->nb[2];
+                float * row = v_mem + c * a.n_embd_v;
+                ggml_get_type_traits(a.v->type)->to_float(v_rows[c] + h * a.v->nb[2], row, a.n_embd_v);
+                rows[c] = (const char *) row;
             }
-            const next_rows fetch = {next, then.n_cells > 0 ? k_bytes : 0};
-            const float *   w     = score + h * n_q * TILE;
-            float *         out   = sum + h * n_q * a.n_embd_v;
-            if (a.add) {
-                a.add(a.n_embd_v, rows, now.n_padded, w, n_q, out, fetch);
-                continue;
-            }
-            for (int c = 0; c < now.n_padded; c++) {
-                ggml_get_type_traits(a.v->type)->to_float(rows[c], v_mem + c * a.n_embd_v, a.n_embd_v);
-                rows[c] = (const char *) (v_mem + c * a.n_embd_v);
-            }
-            add_cells_float<load_f32>(a.n_embd_v, rows, now.n_padded, w, n_q, out, fetch);
+            add_cells_float<load_f32>({rows, 0, 1, (int) a.n_embd_v}, now.n_padded, score + h * n_q * TILE, n_q,
+                                      sum + h * n_q * a.n_embd_v);
         }
     }
 }

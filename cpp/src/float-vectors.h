@@ -27,6 +27,9 @@ static inline vf vf_load(const float * p) {
 static inline void vf_store(float * p, vf a) {
     _mm512_storeu_ps(p, a);
 }
+static inline vf vf_add(vf a, vf b) {
+    return _mm512_add_ps(a, b);
+}
 static inline vf vf_fma(vf a, vf b, vf c) {
     return _mm512_fmadd_ps(a, b, c);
 }
@@ -42,10 +45,12 @@ static inline float vf_hmax(vf a) {
 
 // y = the sums of a, b, c and d
 static inline void vf_sum_4(vf a, vf b, vf c, vf d, float * y) {
-    y[0] = _mm512_reduce_add_ps(a);
-    y[1] = _mm512_reduce_add_ps(b);
-    y[2] = _mm512_reduce_add_ps(c);
-    y[3] = _mm512_reduce_add_ps(d);
+    const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+    const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
+    __m512       x  = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+    x               = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4E));
+    x               = _mm512_add_ps(x, _mm512_permute_ps(x, 0xB1)); // four times each
+    _mm_storeu_ps(y, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, x)));
 }
 
 static inline vf vf_load_f16(const uint16_t * p) {
@@ -55,6 +60,18 @@ static inline vf vf_load_f16(const uint16_t * p) {
 static inline vf vf_load_bf16(const uint16_t * p) {
     const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+}
+
+static inline vf vf_load_i8(const int8_t * p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
+}
+
+// the low and the high halves of VF_N bytes, less 8
+static inline void vf_load_i4(const uint8_t * p, vf & lo, vf & hi) {
+    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
+    const __m512i l = _mm512_and_si512(x, _mm512_set1_epi32(15));
+    lo              = _mm512_cvtepi32_ps(_mm512_sub_epi32(l, _mm512_set1_epi32(8)));
+    hi              = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(x, 4), _mm512_set1_epi32(8)));
 }
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -73,6 +90,9 @@ static inline vf vf_load(const float * p) {
 }
 static inline void vf_store(float * p, vf a) {
     _mm256_storeu_ps(p, a);
+}
+static inline vf vf_add(vf a, vf b) {
+    return _mm256_add_ps(a, b);
 }
 static inline vf vf_fma(vf a, vf b, vf c) {
     return _mm256_fmadd_ps(a, b, c);
@@ -121,6 +141,9 @@ static inline vf vf_load(const float * p) {
 }
 static inline void vf_store(float * p, vf a) {
     vst1q_f32(p, a);
+}
+static inline vf vf_add(vf a, vf b) {
+    return vaddq_f32(a, b);
 }
 static inline vf vf_fma(vf a, vf b, vf c) {
     return vfmaq_f32(c, a, b);
@@ -182,6 +205,9 @@ static inline vf vf_load(const float * p) {
 }
 static inline void vf_store(float * p, vf a) {
     *p = a;
+}
+static inline vf vf_add(vf a, vf b) {
+    return a + b;
 }
 static inline vf vf_fma(vf a, vf b, vf c) {
     return a * b + c;

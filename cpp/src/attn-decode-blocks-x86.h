@@ -1,41 +1,60 @@
-// Kernels of attn-decode-kernels.h for q8_0 and q4_0 in whole numbers, for CPUs with AVX2 (those with AVX-512 too).
+// Kernels of attn-decode-kernels.h for q8_0 and q4_0 in whole numbers, for CPUs with AVX2, and with VNNI where they
+// have it.
 
 #pragma once
 
-#include <algorithm>
-
 #define MELT_Q_BLOCKS // queries are made q_blocks for q8_0 and q4_0
 
-// A block of a query in 8 bits, beside numbers of K's blocks: value = d * qs.
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define MELT_VNNI
+#endif
+
+// A block of a query in 8 bits: value = d * qs. While they are multiplied, K's numbers are OFFSET more than they should
+// be; what that adds is taken off.
 struct q_block {
-    float  d;
-    float  zero; // -8 * d * sum of qs: what q4_0's offset of 8 adds to a product
+    float d;
+#ifdef MELT_VNNI
+    int32_t start[8]; // -OFFSET * sum of 4 qs
+#else
+    float zero; // -OFFSET * d * sum of qs, an eighth
+#endif
     int8_t qs[32];
 };
 
 // ggml's 8 bits are rounded as its own products round them
-static void q_blocks_from_q8_0(int n, const block_q8_0 * x, q_block * y) {
+static void q_blocks_from_q8_0(int n, int offset, const block_q8_0 * x, q_block * y) {
     for (int b = 0; b < n / QK8_0; b++) {
-        int sum = 0;
+        int sums[8] = {};
         for (int j = 0; j < QK8_0; j++) {
-            sum += x[b].qs[j];
+            sums[j / 4] += x[b].qs[j];
         }
-        y[b].d    = GGML_CPU_FP16_TO_FP32(x[b].d);
-        y[b].zero = -8.0f * y[b].d * sum;
+        y[b].d = GGML_CPU_FP16_TO_FP32(x[b].d);
         memcpy(y[b].qs, x[b].qs, sizeof(y[b].qs));
+#ifdef MELT_VNNI
+        for (int i = 0; i < 8; i++) {
+            y[b].start[i] = -offset * sums[i];
+        }
+#else
+        y[b].zero = 0.0f;
+        for (int i = 0; i < 8; i++) {
+            y[b].zero -= offset * y[b].d * sums[i] / 8.0f;
+        }
+#endif
     }
-}
-
-// y = the sums of a, b, c and d
-static inline void sum_4(__m256 a, __m256 b, __m256 c, __m256 d, float * y) {
-    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
 }
 
 struct block_8 {
     using type = block_q8_0;
-    enum { HAS_ZERO = 0 };
-    static __m256i load(const uint8_t * qs) { return _mm256_loadu_si256((const __m256i *) qs); }
+#ifdef MELT_VNNI
+    static constexpr int OFFSET = 128;
+#else
+    static constexpr int OFFSET = 0;
+#endif
+
+    static __m256i load(const type & x) {
+        const __m256i qs = _mm256_loadu_si256((const __m256i *) x.qs);
+        return OFFSET ? _mm256_xor_si256(qs, _mm256_set1_epi8((char) 0x80)) : qs;
+    }
     // sums of products of 4: the first factor of maddubs is without sign, so x gives its sign to q
     static __m256i dot(__m256i x, __m256i q) {
         return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(q, x)),
@@ -44,92 +63,59 @@ struct block_8 {
 };
 
 struct block_4 {
-    using type = block_q4_0;
-    enum { HAS_ZERO = 1 };
+    using type                  = block_q4_0;
+    static constexpr int OFFSET = 8;
+
     // 0 to 15: the low halves of 16 bytes, then the high ones
-    static __m256i load(const uint8_t * qs) {
-        const __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) qs));
-        return _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_set_epi64x(4, 4, 0, 0)), _mm256_set1_epi8(15));
+    static __m256i load(const type & x) {
+        const __m256i qs = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) x.qs));
+        return _mm256_and_si256(_mm256_srlv_epi64(qs, _mm256_set_epi64x(4, 4, 0, 0)), _mm256_set1_epi8(15));
     }
     static __m256i dot(__m256i x, __m256i q) {
         return _mm256_madd_epi16(_mm256_maddubs_epi16(x, q), _mm256_set1_epi16(1));
     }
 };
 
-// NC rows, 4 or 8, and NQ queries
-template <class B, int NC, int NQ>
-static void dot_blocks(int n, const char * const * k, const char * q, size_t q_stride, float * s) {
-    const typename B::type * x[NC];
-    const q_block *          y[NQ];
-    __m256                   sum[NQ * NC];
-    __m256                   zero[NQ];
-    for (int c = 0; c < NC; c++) {
-        x[c] = (const typename B::type *) k[c];
-    }
-    for (int i = 0; i < NQ; i++) {
-        y[i]    = (const q_block *) (q + i * q_stride);
-        zero[i] = _mm256_setzero_ps();
-    }
-    for (__m256 & z : sum) {
-        z = _mm256_setzero_ps();
-    }
-    for (int b = 0; b < n / 32; b++) {
-        __m128i halves = _mm_cvtsi32_si128(x[0][b].d);
-        halves         = _mm_insert_epi16(halves, x[1][b].d, 1);
-        halves         = _mm_insert_epi16(halves, x[2][b].d, 2);
-        halves         = _mm_insert_epi16(halves, x[3][b].d, 3);
-        if (NC == 8) {
-            halves = _mm_insert_epi16(halves, x[4 % NC][b].d, 4);
-            halves = _mm_insert_epi16(halves, x[5 % NC][b].d, 5);
-            halves = _mm_insert_epi16(halves, x[6 % NC][b].d, 6);
-            halves = _mm_insert_epi16(halves, x[7 % NC][b].d, 7);
-        }
-        const __m256 d = _mm256_cvtph_ps(halves);
-        float        scale[NQ][8];
-        for (int i = 0; i < NQ; i++) {
-            _mm256_storeu_ps(scale[i], _mm256_mul_ps(d, _mm256_set1_ps(y[i][b].d)));
-            if (B::HAS_ZERO) {
-                zero[i] = _mm256_fmadd_ps(d, _mm256_set1_ps(y[i][b].zero), zero[i]);
-            }
-        }
-        for (int c = 0; c < NC; c++) {
-            const __m256i v = B::load((const uint8_t *) x[c][b].qs);
-            for (int i = 0; i < NQ; i++) {
-                const __m256i p = B::dot(v, _mm256_loadu_si256((const __m256i *) y[i][b].qs));
-                __m256 &      z = sum[i * NC + c];
-                z               = _mm256_fmadd_ps(_mm256_cvtepi32_ps(p), _mm256_broadcast_ss(&scale[i][c]), z);
-            }
-        }
-    }
-    for (int i = 0; i < NQ; i++) {
-        float total[8];
-        for (int c = 0; c < NC; c += 4) {
-            const __m256 * z = sum + i * NC + c;
-            sum_4(z[0], z[1], z[2], z[3], total + c);
-        }
-        float zeros[8];
-        _mm256_storeu_ps(zeros, zero[i]);
-        for (int c = 0; c < NC; c++) {
-            s[i * TILE + c] = total[c] + zeros[c];
-        }
-    }
-}
-
 template <class B>
-static void dot_cells_blocks(int n, const char * const * k, const char * q, size_t q_stride, int n_q, float * s,
-                             next_rows next) {
-    for (int c = 0; c < N_CELLS; c++) {
-        next.fetch(c);
+struct dot_blocks {
+    using sum_t = __m256;
+
+    template <int NQ>
+    static ALWAYS_INLINE void head(int n, const char * k, const char * q, size_t q_stride, __m256 * sum) {
+        const typename B::type * x = (const typename B::type *) k;
+        for (int i = 0; i < NQ; i++) {
+            sum[i] = _mm256_setzero_ps();
+        }
+        for (int b = 0; b < n / 32; b++) {
+            const __m256  d = _mm256_cvtph_ps(_mm_set1_epi16(x[b].d));
+            const __m256i v = B::load(x[b]);
+            for (int i = 0; i < NQ; i++) {
+                sum[i] = _mm256_fmadd_ps(products(v, ((const q_block *) (q + i * q_stride))[b]), d, sum[i]);
+            }
+        }
     }
-    int i = 0;
-    for (; i + 2 <= n_q; i += 2) {
-        dot_blocks<B, 4, 2>(n, k + 0, q + i * q_stride, q_stride, s + i * TILE + 0);
-        dot_blocks<B, 4, 2>(n, k + 4, q + i * q_stride, q_stride, s + i * TILE + 4);
+
+    // sums of 4, less K's scale
+    static __m256 products(__m256i v, const q_block & y) {
+        const __m256i qs = _mm256_loadu_si256((const __m256i *) y.qs);
+        const __m256  d  = _mm256_set1_ps(y.d);
+#ifdef MELT_VNNI
+        const __m256i start = _mm256_loadu_si256((const __m256i *) y.start);
+        return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_dpbusd_epi32(start, v, qs)), d);
+#else
+        const __m256 p = _mm256_cvtepi32_ps(B::dot(v, qs));
+        return B::OFFSET ? _mm256_fmadd_ps(p, d, _mm256_set1_ps(y.zero)) : _mm256_mul_ps(p, d);
+#endif
     }
-    for (; i < n_q; i++) {
-        dot_blocks<B, 8, 1>(n, k, q + i * q_stride, q_stride, s + i * TILE);
+
+    static __m256 zero() { return _mm256_setzero_ps(); }
+    static void   sum_4(const __m256 * a, float * y) {
+        const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+        _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
     }
-}
+    static bool  has_rest(int) { return false; }
+    static float rest(int, const char *, const char *) { return 0.0f; }
+};
 
 // One block's weights, w * d, in 16 bits: w * d = scale * i16, the largest of them 32767. Returns scale.
 static float weights_i16(const float * w, const ggml_half * d, int n_cells, int16_t * w16, int * sum) {
@@ -157,6 +143,15 @@ static float weights_i16(const float * w, const ggml_half * d, int n_cells, int1
     all  = _mm_hadd_epi32(all, all);
     *sum = _mm_cvtsi128_si32(_mm_hadd_epi32(all, all));
     return m / 32767.0f;
+}
+
+// sum + x * y, whose values are pairs of 16 bits
+static inline __m256i add_products(__m256i sum, __m256i x, __m256i y) {
+#ifdef MELT_VNNI
+    return _mm256_dpwssd_epi32(sum, x, y);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(x, y));
+#endif
 }
 
 // 32 values of two rows, as four vectors of pairs: one value of the first row, the same of the second.
@@ -208,7 +203,7 @@ struct pairs_4 {
 // up to 4 blocks: their weights first, so that the steps of one do not wait for each other
 template <class P, int NQ>
 static void add_blocks(int n_blocks, const typename P::type * const * v, int n_cells, const float * w, float * out,
-                       int n, next_rows next, int block) {
+                       int n) {
     ggml_half d[4][TILE];
     int16_t   w16[4][NQ][TILE];
     int       w_sum[4][NQ];
@@ -223,7 +218,6 @@ static void add_blocks(int n_blocks, const typename P::type * const * v, int n_c
             scale[b][i] = weights_i16(w + i * TILE, d[b], n_cells, w16[b][i], &w_sum[b][i]);
         }
     }
-    const size_t step = next.n_bytes / (n / 32);
     for (int b = 0; b < n_blocks; b++) {
         __m256i sum[NQ][4];
         for (int i = 0; i < NQ; i++) {
@@ -234,14 +228,12 @@ static void add_blocks(int n_blocks, const typename P::type * const * v, int n_c
         // no overflow: 64 rows of at most 128 * 32767
         for (int c = 0; c < n_cells; c += 2) {
             __m256i x[4];
-            next.fetch_line(c + 0, (block + b) * step);
-            next.fetch_line(c + 1, (block + b) * step);
             P::load(v[c][b], v[c + 1][b], x);
             for (int i = 0; i < NQ; i++) {
                 int pair;
                 memcpy(&pair, w16[b][i] + c, sizeof(pair));
                 for (int j = 0; j < 4; j++) {
-                    sum[i][j] = _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(x[j], _mm256_set1_epi32(pair)));
+                    sum[i][j] = add_products(sum[i][j], x[j], _mm256_set1_epi32(pair));
                 }
             }
         }
@@ -255,25 +247,25 @@ static void add_blocks(int n_blocks, const typename P::type * const * v, int n_c
     }
 }
 
+// The rows were asked for while their K was read.
 template <class P>
-static void add_cells_blocks(int n, const char * const * v, int n_cells, const float * w, int n_q, float * out,
-                             next_rows next) {
-    for (int b = 0; b < n / 32; b += 4) {
-        const int                n_blocks = std::min(4, n / 32 - b);
-        const typename P::type * x[TILE];
-        next_rows                ask = next;
-        for (int c = 0; c < n_cells; c++) {
-            x[c] = (const typename P::type *) v[c] + b;
-        }
-        for (int i = 0; i < n_q;) {
-            if (i + 2 <= n_q) {
-                add_blocks<P, 2>(n_blocks, x, n_cells, w + i * TILE, out + i * n + b * 32, n, ask, b);
-                i += 2;
-            } else {
-                add_blocks<P, 1>(n_blocks, x, n_cells, w + i * TILE, out + i * n + b * 32, n, ask, b);
-                i += 1;
+static void add_cells_blocks(const cache_rows & v, int n_cells, const float * w, int n_q, float * out) {
+    for (int h = 0; h < v.n_head; h++) {
+        for (int b = 0; b < v.n / 32; b += 4) {
+            const int                n_blocks = std::min(4, v.n / 32 - b);
+            const typename P::type * x[TILE];
+            for (int c = 0; c < n_cells; c++) {
+                x[c] = (const typename P::type *) v.head(c, h) + b;
             }
-            ask.n_bytes = 0; // asked for with the first queries
+            int i = 0;
+            for (; i + 2 <= n_q; i += 2) {
+                const int g = h * n_q + i;
+                add_blocks<P, 2>(n_blocks, x, n_cells, w + g * TILE, out + g * v.n + b * 32, v.n);
+            }
+            for (; i < n_q; i++) {
+                const int g = h * n_q + i;
+                add_blocks<P, 1>(n_blocks, x, n_cells, w + g * TILE, out + g * v.n + b * 32, v.n);
+            }
         }
     }
 }
