@@ -24,6 +24,18 @@ enum {
     AHEAD      = 4096, // bytes: far enough to hide the memory, near enough to stay in the L1 cache
 };
 
+// What the memory brings next. A core with AVX-512 is faster if it is left to its own prefetcher (Zen 4: 96 % of a
+// plain read, 90 % asked); without AVX-512 one is not (Zen 3: 63 %, asked 106 %).
+static inline void fetch_ahead(const block_q4_0x8 * x) {
+#ifdef __AVX512F__
+    GGML_UNUSED(x);
+#else
+    for (size_t i = 0; i < sizeof(*x); i += 64) {
+        _mm_prefetch((const char *) x + AHEAD + i, _MM_HINT_T0);
+    }
+#endif
+}
+
 // Of the token's blocks: value = d * qs, and what the weights' offset adds to a sum of products.
 static void token_scales(const block_q8_0 * y, int nb, float * d, float * zero) {
     for (int b = 0; b < nb; b++) {
@@ -59,9 +71,7 @@ static inline __m256 dot_8_rows(const block_q4_0x8 * x, const block_q8_0 * y, co
     const __m256i plain = _mm256_set1_epi8((char) 0x88); // repacking made 0 to 15 a signed number
     __m256        sum   = _mm256_setzero_ps();
     for (int b = 0; b < nb; b++) {
-        _mm_prefetch((const char *) (x + b) + AHEAD, _MM_HINT_T0);
-        _mm_prefetch((const char *) (x + b) + AHEAD + 64, _MM_HINT_T0);
-        _mm_prefetch((const char *) (x + b) + AHEAD + 128, _MM_HINT_T0);
+        fetch_ahead(x + b);
 
         const __m256i * w = (const __m256i *) x[b].qs;
         __m256i         s0123, s4567;

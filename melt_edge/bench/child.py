@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from melt_edge.bench.bandwidth import read_bandwidth
+from melt_edge.bench.bandwidth import ReadBandwidth
 from melt_edge.bench.fill import evaluate, fill
 from melt_edge.bench.rows import BenchTest
 from melt_edge.errors import MeltError
@@ -26,6 +26,8 @@ from melt_edge.runtime.options import LoadOptions
 
 # Tokens that page the weights in before anything is timed.
 WARM_UP_TOKENS = 32
+# Tokens of a test, all repetitions together, that are held against the memory's speed right before and after them.
+PAIRED_TOKENS = 20
 # The first of these is not timed.
 PARTS_TOKENS = 4
 _ATTENTION, _GATES = 0, 1
@@ -75,20 +77,42 @@ def _about(info: ModelInfo) -> dict[str, Any]:
 
 
 def _timed(model: Backend, test: BenchTest, tokens: Sequence[int], repetitions: int) -> dict[str, Any]:
-    """The repetitions of one test from the cache of its depth, and the bandwidth before and after them."""
+    """The repetitions of one test from the cache of its depth."""
     after = tokens[test.n_depth : test.n_depth + test.n_tokens]
-    pieces = [after] if test.n_prompt else [[token] for token in after]
     evaluate(model, after[:1])  # the first token after another depth builds the graph anew
-    bandwidths = [read_bandwidth(model.info.n_threads)]
+    if test.n_gen:
+        return _timed_tokens(model, tokens[: test.n_depth], after, repetitions)
     samples = []
     for _ in range(repetitions):
         fill(model, tokens[: test.n_depth])
-        start = time.perf_counter_ns()
-        for piece in pieces:
-            evaluate(model, piece)
-        samples.append(time.perf_counter_ns() - start)
-    bandwidths.append(read_bandwidth(model.info.n_threads))
-    return {"samples_ns": samples, "bandwidth": max(bandwidths) if test.n_gen else None}
+        samples.append(_elapsed_ns(model, after))
+    return {"samples_ns": samples}
+
+
+def _timed_tokens(model: Backend, before: Sequence[int], after: Sequence[int], repetitions: int) -> dict[str, Any]:
+    """Tokens one by one; some of each repetition between two readings of the memory, whose time does not count."""
+    paired = set(range(0, len(after), max(1, len(after) * repetitions // PAIRED_TOKENS)))
+    samples, token_ns, bandwidths = [], [], []
+    with ReadBandwidth(model.info.n_threads) as memory:
+        for _ in range(repetitions):
+            fill(model, before)
+            sample = 0
+            for i, token in enumerate(after):
+                around = [memory.read()] if i in paired else []
+                elapsed = _elapsed_ns(model, [token])
+                sample += elapsed
+                if around:
+                    around.append(memory.read())
+                    token_ns.append(elapsed)
+                    bandwidths.append(sum(around) / len(around))
+            samples.append(sample)
+    return {"samples_ns": samples, "token_ns": token_ns, "token_bandwidths": bandwidths}
+
+
+def _elapsed_ns(model: Backend, tokens: Sequence[int]) -> int:
+    start = time.perf_counter_ns()
+    evaluate(model, tokens)
+    return time.perf_counter_ns() - start
 
 
 def _parts(seconds: Any) -> dict[str, Any]:

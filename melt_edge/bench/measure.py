@@ -119,9 +119,7 @@ def _measured(run: Run, *, repetitions: int, parts: bool, limit_s: float) -> Ite
 def _row(run: Run, test: BenchTest, *, status: str, **found: Any) -> BenchRow:
     options = run.options
     if status == "measured":
-        found["samples_ns"] = tuple(found["samples_ns"])
-        if found.get("loop_ms") is not None:
-            found["loop_ms"] = tuple(found["loop_ms"])
+        found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
         if test.n_gen:
             found |= _read(run, test)
     known = {"loops": options.loops, "kv_type": options.kv_type, "n_threads": options.n_threads}

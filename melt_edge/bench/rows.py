@@ -55,9 +55,11 @@ class BenchRow:
     samples_ns: nanoseconds of each repetition; avg_ts and stddev_ts: tokens per second, mean and standard deviation.
     kv_bytes, weights_bytes, compute_bytes: the library's own figures; rss_bytes: the process's after the test.
 
-    Of tests that generate: layers_, gates_, head_ and cache_read_bytes, counted, per token; bandwidth: bytes per second
-    read from memory by as many threads, the faster of before and after the test; limit_ts: tokens per second at that
-    bandwidth. loop_ms, head_ms, attention_share and gates_share come from parts_tokens tokens that were timed in
+    Of tests that generate: layers_, gates_, head_ and cache_read_bytes, counted, per token; token_ns and
+    token_bandwidths: nanoseconds of some of the tokens, and the bytes per second that as many threads read from memory
+    right before and after each, their mean. A machine's memory speed may change within seconds, so each token is held
+    against its own: limit_share is the median of theirs, bandwidth that of the bandwidths, limit_ts tokens per second
+    at it. loop_ms, head_ms, attention_share and gates_share come from parts_tokens tokens that were timed in
     pieces, after the test and apart from it; parts_ms is what such a token took.
     """
 
@@ -86,7 +88,8 @@ class BenchRow:
     gates_read_bytes: int | None = None
     head_read_bytes: int | None = None
     cache_read_bytes: int | None = None
-    bandwidth: float | None = None
+    token_ns: tuple[int, ...] = ()
+    token_bandwidths: tuple[float, ...] = ()
     loop_ms: tuple[float, ...] | None = None
     head_ms: float | None = None
     parts_ms: float | None = None
@@ -110,11 +113,6 @@ class BenchRow:
         return statistics.fmean(self.samples_ts) if self.samples_ns else None
 
     @property
-    def best_ts(self) -> float | None:
-        """The fastest repetition's tokens per second."""
-        return max(self.samples_ts, default=None)
-
-    @property
     def stddev_ts(self) -> float | None:
         """Their standard deviation; 0 for one repetition."""
         if not self.samples_ns:
@@ -129,25 +127,38 @@ class BenchRow:
         return sum(known) if len(known) == len(parts) else None
 
     @property
+    def bandwidth(self) -> float | None:
+        """The median of the bandwidths around tokens."""
+        return statistics.median(self.token_bandwidths) if self.token_bandwidths else None
+
+    @property
     def limit_ts(self) -> float | None:
-        """Tokens per second if the bytes were read at the measured bandwidth and nothing else took time."""
+        """Tokens per second if the bytes were read at that bandwidth and nothing else took time."""
         return self.bandwidth / self.read_bytes if self.bandwidth and self.read_bytes else None
 
     @property
+    def limit_shares(self) -> list[float]:
+        """Of each token held against the memory: the time that its bytes take to read over its own."""
+        if not self.read_bytes:
+            return []
+        pairs = zip(self.token_ns, self.token_bandwidths, strict=True)
+        return [self.read_bytes * 1e9 / (bandwidth * ns) for ns, bandwidth in pairs]
+
+    @property
     def limit_share(self) -> float | None:
-        """The measured speed over that limit."""
-        return self.avg_ts / self.limit_ts if self.avg_ts and self.limit_ts else None
+        """Their median."""
+        return statistics.median(self.limit_shares) if self.limit_shares else None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, and what follows from them."""
-        derived = ("samples_ts", "avg_ts", "stddev_ts", "read_bytes", "limit_ts", "limit_share")
+        derived = ("samples_ts", "avg_ts", "stddev_ts", "read_bytes", "bandwidth", "limit_ts", "limit_share")
         return {**asdict(self), "test": self.test.name, **{name: getattr(self, name) for name in derived}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BenchRow:
         """A row that was written by to_dict. Raises: TypeError for fields that are missing."""
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        for name in ("samples_ns", "loop_ms"):
+        for name in ("samples_ns", "token_ns", "token_bandwidths", "loop_ms"):
             if isinstance(known.get(name), list):
                 known[name] = tuple(known[name])
         return cls(**known)

@@ -136,8 +136,8 @@ def notes(rows: Sequence[BenchRow]) -> list[str]:
         low, high = min(bandwidths) / 1e9, max(bandwidths) / 1e9
         span = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
         said.append(
-            f"limit: the bytes of a token read at {span} GB/s, the memory's read speed with as many threads, the "
-            "best of 16 passes over 256 MiB before and after each test"
+            f"limit: the bytes of a token at the memory's read speed with as many threads, {span} GB/s; the median of "
+            "some tokens, each held against 256 MiB read right before and after it"
         )
     timed = [row for row in rows if row.parts_ms and row.avg_ts]
     if timed:
