@@ -56,7 +56,7 @@ def rows(make_gguf: MakeGGUF) -> list[BenchRow]:
 
 
 def a_row(**changes: Any) -> BenchRow:
-    """A row as if it had been measured: 4 tokens in 2 s and in 1 s, 5 GB per token of 10 GB/s."""
+    """A row as if it had been measured: 4 tokens in 2 s and in 1 s, some of them held against 5 GB at 20 GB/s."""
     made = BenchRow(
         model="a",
         kind="melt",
@@ -75,7 +75,8 @@ def a_row(**changes: Any) -> BenchRow:
         gates_read_bytes=0,
         head_read_bytes=10**9,
         cache_read_bytes=0,
-        bandwidth=20e9,
+        token_ns=(5 * 10**8, 25 * 10**7, 10**9),
+        token_bandwidths=(20e9, 25e9, 20e9),
     )
     return replace(made, **changes)
 
@@ -159,7 +160,9 @@ def test_only_generated_tokens_are_held_against_the_memory(rows: list[BenchRow])
             continue
         assert row.bandwidth
         assert row.cache_read_bytes == pytest.approx(row.loops * 512 * (row.n_depth + 1.5), abs=1)
-        assert row.limit_share == pytest.approx(row.avg_ts * row.read_bytes / row.bandwidth)
+        assert len(row.token_ns) == len(row.token_bandwidths) == 4  # all of them
+        assert sum(row.token_ns) == sum(row.samples_ns)
+        assert row.limit_share
         assert row.loop_ms is not None
         assert row.parts_ms is not None
         assert row.head_ms is not None
@@ -202,7 +205,7 @@ def test_a_backend_that_can_only_evaluate_is_measured_too(make_gguf: MakeGGUF, m
     assert found["depth_from"] == "evaluated"
     assert "loop_ms" not in found
     assert evaluated.count(100) == 3  # once to warm up, and before each repetition
-    assert found["bandwidth"]
+    assert all(found["token_bandwidths"])
 
 
 def test_a_test_that_does_not_fit_is_skipped_and_the_others_are_done(
@@ -240,9 +243,24 @@ def test_numbers_follow_from_the_samples() -> None:
     assert row.samples_ts == [2.0, 4.0]
     assert row.avg_ts == 3.0
     assert row.stddev_ts == pytest.approx(2**0.5)
-    assert (row.read_bytes, row.limit_ts, row.limit_share) == (5 * 10**9, 4.0, 0.75)
+    assert (row.read_bytes, row.bandwidth, row.limit_ts) == (5 * 10**9, 20e9, 4.0)
+    assert row.limit_shares == [0.5, 0.8, 0.25]
+    assert row.limit_share == 0.5
     assert a_row(samples_ns=(10**9,)).stddev_ts == 0.0
     assert a_row(cache_read_bytes=None).limit_share is None
+
+
+@pytest.mark.parametrize(("n_gen", "repetitions", "expected"), [(24, 5, 20), (6, 5, 30), (2, 1, 2), (128, 3, 21)])
+def test_some_tokens_of_each_repetition_are_held_against_the_memory(
+    make_gguf: MakeGGUF, n_gen: int, repetitions: int, expected: int
+) -> None:
+    """All of few, and about twenty of many."""
+    options = LoadOptions(n_ctx=256, n_threads=1)
+    test = BenchTest(0, n_gen, 0)
+    path = make_gguf(tiny_config("melt"))
+    (found,) = child.run(path, options, [test], backend="llama", repetitions=repetitions, parts=False)
+    assert len(found["token_ns"]) == len(found["token_bandwidths"]) == expected
+    assert len(found["samples_ns"]) == repetitions
 
 
 def test_a_row_survives_its_json() -> None:
@@ -264,13 +282,13 @@ def test_the_table_fits_a_terminal_of_80_columns() -> None:
 
 def test_cells_and_notes_say_what_was_measured() -> None:
     row = a_row(loop_ms=(10.0, 12.0), parts_ms=350.0, parts_tokens=3, attention_share=0.25, gates_share=0.1)
-    assert cells(row) == ["MELT T=4", "f16", "tg4", "3.00 ± 1.41", "5,000", "75%", "11", "25%", "10%"]
+    assert cells(row) == ["MELT T=4", "f16", "tg4", "3.00 ± 1.41", "5,000", "50%", "11", "25%", "10%"]
     said = " ".join(notes([row, a_row(depth_from="repeated")]))
     assert "20.0 GB/s" in said
     assert "3 tokens timed in pieces" in said
     assert "took 105% of the time" in said
     assert "repeated" in said
-    assert notes([a_row(bandwidth=None)]) == []
+    assert notes([a_row(token_ns=(), token_bandwidths=())]) == []
 
 
 def test_markdown_and_csv_have_every_row() -> None:

@@ -116,7 +116,8 @@ def bench_row(kind: str, loops: int, **changes: Any) -> BenchRow:
         gates_read_bytes=0,
         head_read_bytes=0,
         cache_read_bytes=0,
-        bandwidth=10e9,
+        token_ns=(100_000_000,) * 3,
+        token_bandwidths=(10e9,) * 3,
     )
     return replace(made, **changes)
 
@@ -133,7 +134,7 @@ def test_every_section_runs_and_writes_its_lines(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, "--cache-dir", str(tmp_path)], check=True, capture_output=True, text=True, timeout=900, cwd=tmp_path
     )
-    for section, n_lines in (("loops", 6), ("decode", 2), ("depth", 10), ("prefill", 2)):
+    for section, n_lines in (("loops", 6), ("decode", 2), ("depth", 7), ("kv_types", 2), ("prefill", 2)):
         found = json.loads((tmp_path / f"{section}.json").read_text())
         assert len(found["lines"]) == n_lines
         assert found["machine"]["cores"] >= 1
@@ -173,15 +174,23 @@ def test_memory_that_breaks_a_promise_misses_its_line(
 
 def test_speed_is_held_against_the_bandwidth(imported: Any) -> None:
     script = imported("looped")
-    slow = replace(bench_row("ouro", 4), samples_ns=(450_000_000,))  # 8.9 of 10 tokens/s
+    slow = replace(bench_row("ouro", 4), token_ns=(112_000_000,) * 3)  # 8.9 of 10 tokens/s
     assert [line.ok for line in script.decode_lines([bench_row("melt", 4), slow])] == [True, False]
-    disturbed = replace(slow, samples_ns=(600_000_000, 400_000_000))  # its fastest is what the memory allows
+    disturbed = replace(slow, token_ns=(100_000_000, 300_000_000, 100_000_000))
     assert [line.ok for line in script.decode_lines([disturbed])] == [True]
-    quantised = bench_row("melt", 4, kv_type="q8_0")
-    lines = script.depth_lines([slow, replace(slow, kind="melt"), quantised])
-    assert [line.ok for line in lines] == [True, True, None, True]
-    slower = replace(quantised, samples_ns=(500_000_000,))
-    assert [line.ok for line in script.depth_lines([bench_row("melt", 4), slower])] == [True, None, False]
+    drifting = replace(slow, token_bandwidths=(8.9e9,) * 3)  # the memory was as slow
+    assert [line.ok for line in script.decode_lines([drifting])] == [True]
+    slower = replace(slow, token_ns=(126_000_000,) * 3)
+    quantised = replace(slower, kv_type="q8_0")
+    assert [line.ok for line in script.depth_lines([slow, slower, quantised])] == [True, False, None]
+
+
+def test_cache_types_are_compared_pair_by_pair(imported: Any) -> None:
+    script = imported("looped")
+    f16 = bench_row("melt", 4, n_gen=1, samples_ns=(100, 200, 300))
+    faster = replace(f16, kv_type="q8_0", samples_ns=(90, 190, 500))
+    assert [line.ok for line in script.kv_types_lines([f16, faster])] == [True]
+    assert [line.ok for line in script.kv_types_lines([faster, f16])] == [False]
 
 
 def test_prefill_is_held_against_the_products(imported: Any) -> None:

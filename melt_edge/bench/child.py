@@ -85,7 +85,7 @@ def _timed(model: Backend, test: BenchTest, tokens: Sequence[int], repetitions: 
     samples = []
     for _ in range(repetitions):
         fill(model, tokens[: test.n_depth])
-        samples.append(_elapsed_ns(model, after))
+        samples.append(elapsed_ns(model, after))
     return {"samples_ns": samples}
 
 
@@ -99,7 +99,7 @@ def _timed_tokens(model: Backend, before: Sequence[int], after: Sequence[int], r
             sample = 0
             for i, token in enumerate(after):
                 around = [memory.read()] if i in paired else []
-                elapsed = _elapsed_ns(model, [token])
+                elapsed = elapsed_ns(model, [token])
                 sample += elapsed
                 if around:
                     around.append(memory.read())
@@ -109,7 +109,8 @@ def _timed_tokens(model: Backend, before: Sequence[int], after: Sequence[int], r
     return {"samples_ns": samples, "token_ns": token_ns, "token_bandwidths": bandwidths}
 
 
-def _elapsed_ns(model: Backend, tokens: Sequence[int]) -> int:
+def elapsed_ns(model: Backend, tokens: Sequence[int]) -> int:
+    """Nanoseconds of evaluating tokens together, their last logits included."""
     start = time.perf_counter_ns()
     evaluate(model, tokens)
     return time.perf_counter_ns() - start

@@ -66,7 +66,7 @@ def measure(runs: Sequence[Run], *, repetitions: int, parts: bool, limit_s: floa
             started = replace(run, tests=fitting, options=replace(run.options, n_ctx=_context(fitting)))
             yield from _measured(started, repetitions=repetitions, parts=parts, limit_s=limit_s)
         for test, reason in left_out:
-            yield _row(run, test, status="skipped", reason=reason)
+            yield make_row(run, test, status="skipped", reason=reason)
 
 
 def _context(tests: Sequence[BenchTest]) -> int:
@@ -111,12 +111,13 @@ def _measured(run: Run, *, repetitions: int, parts: bool, limit_s: float) -> Ite
         for reply in found:
             if "error" in reply:
                 for test in waiting:
-                    yield _row(run, test, status="failed", reason=reply["error"])
+                    yield make_row(run, test, status="failed", reason=reply["error"])
                 return
-            yield _row(run, waiting.pop(0), status="measured", **reply)
+            yield make_row(run, waiting.pop(0), status="measured", **reply)
 
 
-def _row(run: Run, test: BenchTest, *, status: str, **found: Any) -> BenchRow:
+def make_row(run: Run, test: BenchTest, *, status: str, **found: Any) -> BenchRow:
+    """A test's row. found: the measured fields of rows.BenchRow, sequences as lists."""
     options = run.options
     if status == "measured":
         found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
