@@ -21,8 +21,9 @@ struct melt_edge_bandwidth;
 LLAMA_API struct melt_edge_bandwidth * melt_edge_bandwidth_new(uint64_t n_bytes, uint32_t n_threads);
 LLAMA_API void                         melt_edge_bandwidth_free(struct melt_edge_bandwidth * bandwidth);
 
-// Bytes per second of reading all of it once, by all threads at the same time. 0 if there are no threads for it.
-LLAMA_API double melt_edge_bandwidth_read(struct melt_edge_bandwidth * bandwidth);
+// Bytes per second of reading all of it, by all threads at the same time: the median of n_passes, since new threads may
+// share a core at first. 0 if there are no threads for it.
+LLAMA_API double melt_edge_bandwidth_read(struct melt_edge_bandwidth * bandwidth, uint32_t n_passes);
 
 } // extern "C"
 
@@ -31,10 +32,10 @@ using bench_clock = std::chrono::steady_clock;
 static constexpr size_t N_LANES = 16; // independent sums, so that loads and not additions are waited for
 
 struct bench_part {
-    std::unique_ptr<uint64_t[]> data;
-    bench_clock::time_point     start;
-    bench_clock::time_point     end;
-    volatile uint64_t           sum = 0; // kept, so that the reads are not dropped by the compiler
+    std::unique_ptr<uint64_t[]>          data;
+    std::vector<bench_clock::time_point> start; // of each pass
+    std::vector<bench_clock::time_point> end;
+    volatile uint64_t                    sum = 0; // kept, so that the reads are not dropped by the compiler
 };
 
 struct melt_edge_bandwidth {
@@ -57,23 +58,27 @@ static uint64_t bench_read(const uint64_t * data, size_t n) {
     return sum;
 }
 
-// Each part's work in a thread of its own; it begins when all threads run. Throws what std::thread throws.
+// Each part's work in a thread of its own, n_passes times; a pass begins when all threads are there. Throws what
+// std::thread throws.
 template <class F>
-static void bench_run(std::vector<bench_part> & parts, F && work) {
-    std::atomic<size_t>      n_waiting{parts.size()};
+static void bench_run(std::vector<bench_part> & parts, uint32_t n_passes, F && work) {
+    std::atomic<size_t>      n_arrived{0};
+    std::atomic<bool>        stopped{false};
     std::vector<std::thread> threads;
     try {
         for (bench_part & part : parts) {
-            threads.emplace_back([&] {
-                --n_waiting;
-                while (n_waiting > 0) {
-                    std::this_thread::yield();
+            threads.emplace_back([&, n_parts = parts.size()] {
+                for (uint32_t pass = 0; pass < n_passes; ++pass) {
+                    ++n_arrived;
+                    while (n_arrived < (pass + 1) * n_parts && !stopped) {
+                        std::this_thread::yield();
+                    }
+                    work(part, pass);
                 }
-                work(part);
             });
         }
     } catch (const std::exception &) {
-        n_waiting = 0;
+        stopped = true;
         for (std::thread & thread : threads) {
             thread.join();
         }
@@ -95,7 +100,7 @@ melt_edge_bandwidth * melt_edge_bandwidth_new(uint64_t n_bytes, uint32_t n_threa
             melt_ask_for_huge_pages(part.data.get(), n * sizeof(uint64_t)); // as ggml's memory, see ggml.c
         }
         // written by the thread that reads it: pages are placed where they are first touched
-        bench_run(bandwidth->parts, [n](bench_part & part) { std::fill_n(part.data.get(), n, n); });
+        bench_run(bandwidth->parts, 1, [n](bench_part & part, uint32_t) { std::fill_n(part.data.get(), n, n); });
         bandwidth->n_part = n;
         return bandwidth.release();
     } catch (const std::exception &) { // no memory, no thread
@@ -107,24 +112,33 @@ void melt_edge_bandwidth_free(melt_edge_bandwidth * bandwidth) {
     delete bandwidth;
 }
 
-double melt_edge_bandwidth_read(melt_edge_bandwidth * bandwidth) {
+double melt_edge_bandwidth_read(melt_edge_bandwidth * bandwidth, uint32_t n_passes) {
     std::vector<bench_part> & parts = bandwidth->parts;
     try {
-        bench_run(parts, [n = bandwidth->n_part](bench_part & part) {
-            part.start = bench_clock::now();
-            part.sum   = bench_read(part.data.get(), n);
-            part.end   = bench_clock::now();
+        for (bench_part & part : parts) {
+            part.start.resize(n_passes);
+            part.end.resize(n_passes);
+        }
+        bench_run(parts, n_passes, [n = bandwidth->n_part](bench_part & part, uint32_t pass) {
+            part.start[pass] = bench_clock::now();
+            part.sum         = bench_read(part.data.get(), n);
+            part.end[pass]   = bench_clock::now();
         });
     } catch (const std::exception &) {
         return 0.0;
     }
 
-    auto start = parts[0].start;
-    auto end   = parts[0].end;
-    for (const bench_part & part : parts) {
-        start = std::min(start, part.start);
-        end   = std::max(end, part.end);
+    std::vector<double> seconds;
+    for (uint32_t pass = 0; pass < n_passes; ++pass) {
+        auto start = parts[0].start[pass];
+        auto end   = parts[0].end[pass];
+        for (const bench_part & part : parts) {
+            start = std::min(start, part.start[pass]);
+            end   = std::max(end, part.end[pass]);
+        }
+        seconds.push_back(std::chrono::duration<double>(end - start).count());
     }
-    const double seconds = std::chrono::duration<double>(end - start).count();
-    return seconds > 0.0 ? double(parts.size()) * bandwidth->n_part * sizeof(uint64_t) / seconds : 0.0;
+    std::sort(seconds.begin(), seconds.end());
+    const double median = seconds.empty() ? 0.0 : seconds[seconds.size() / 2];
+    return median > 0.0 ? double(parts.size()) * bandwidth->n_part * sizeof(uint64_t) / median : 0.0;
 }

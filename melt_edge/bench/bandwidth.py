@@ -11,6 +11,8 @@ from melt_edge.runtime.library import native_function
 
 # Many times the caches of a laptop or a server's share of one; some 10 ms to read.
 READ_BYTES = 256 * 2**20
+# New threads may share a core at first.
+_PASSES = 5
 # Threads that have just computed wait actively for more work, and would take a core from those that read.
 _PAUSE_S = 0.01
 
@@ -23,7 +25,7 @@ class ReadBandwidth:
 
     def __init__(self, n_threads: int, *, n_bytes: int = READ_BYTES) -> None:
         new = native_function("melt_edge_bandwidth_new", ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32)
-        self._read = native_function("melt_edge_bandwidth_read", ctypes.c_double, ctypes.c_void_p)
+        self._read = native_function("melt_edge_bandwidth_read", ctypes.c_double, ctypes.c_void_p, ctypes.c_uint32)
         self._free = native_function("melt_edge_bandwidth_free", None, ctypes.c_void_p)
         self._what = f"{n_bytes / 2**20:,.0f} MiB could not be read by {n_threads} threads"
         self._memory = new(n_bytes, n_threads)
@@ -31,9 +33,9 @@ class ReadBandwidth:
             raise self._error()
 
     def read(self) -> float:
-        """Bytes per second of one pass, after a pause of 10 ms. Raises: BackendError if there are no threads for it."""
+        """Bytes per second, the median of some passes after a pause. Raises: BackendError if it has no threads."""
         time.sleep(_PAUSE_S)
-        found = float(self._read(self._memory))
+        found = float(self._read(self._memory, _PASSES))
         if found <= 0.0:
             raise self._error()
         return found

@@ -137,7 +137,7 @@ def notes(rows: Sequence[BenchRow]) -> list[str]:
         span = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
         said.append(
             f"limit: the bytes of a token at the memory's read speed with as many threads, {span} GB/s; the median of "
-            "some tokens, each held against 256 MiB read right before and after it"
+            "some tokens, each held against 5 passes over 256 MiB right before and after it"
         )
     timed = [row for row in rows if row.parts_ms and row.avg_ts]
     if timed:
