@@ -5,8 +5,7 @@
 
 Random Q4_0 weights of Ouro-1.4B's and MELT-1.6B's shape are written once into the user's cache folder (1.8 GB).
 Everything is measured by melt_edge.bench with two threads; each setting in a process of its own, but for the two
-cache types, whose tokens are timed in turn. Contexts are filled
-by repeating rows, not by computing them.
+cache types, whose tokens are timed in turn. Contexts are filled by repeating rows, not by computing them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from melt_edge.bench.child import elapsed_ns
 from melt_edge.bench.cost import prefill_products
 from melt_edge.bench.fill import evaluate, fill
 from melt_edge.bench.measure import make_row, make_runs, measure
-from melt_edge.bench.rows import BenchRow, BenchTest, make_tests
+from melt_edge.bench.rows import BenchRow, BenchTest, Run, make_tests
 from melt_edge.compare.paper import PAPER_GB
 from melt_edge.compare.points import KINDS, Contender, contenders
 from melt_edge.compare.random_model import random_model
@@ -85,15 +84,8 @@ def kv_types_section(melt: Contender, ouro: Contender, *, tiny: bool) -> list[Be
     depths, n_pairs = ((64, 96), 4) if tiny else (DEPTHS, 16)
     rows = []
     for depth in depths:
-        runs = make_runs(
-            [melt],
-            [BenchTest(0, n_pairs + 1, depth)],
-            loops=[N_LOOPS],
-            kv_types=("f16", "q8_0"),
-            backends=["llama"],
-            threads=[N_THREADS],
-            chunks=[None],
-        )
+        test = BenchTest(0, n_pairs + 1, depth)
+        runs = runs_of([melt], [test], loops=[N_LOOPS], kv_types=("f16", "q8_0"))
         samples: list[list[int]] = [[] for _ in runs]
         with ExitStack() as stack:
             models = [stack.enter_context(closing(LlamaBackend(melt.header.path, run.options))) for run in runs]
@@ -104,9 +96,10 @@ def kv_types_section(melt: Contender, ouro: Contender, *, tiny: bool) -> list[Be
                 for model, found in zip(models, samples, strict=True):
                     found.append(elapsed_ns(model, [1]))
             for run, model, found in zip(runs, models, samples, strict=True):
-                test = BenchTest(0, 1, depth)
-                row = make_row(run, test, status="measured", n_ubatch=model.info.chunk_size, samples_ns=found)
-                print(f"  {run}, {test.name}: {row.avg_ts:.2f} tok/s", flush=True)
+                row = make_row(
+                    run, replace(test, n_gen=1), status="measured", n_ubatch=model.info.chunk_size, samples_ns=found
+                )
+                print(f"  {run}, {row.test.name}: {row.avg_ts:.2f} tok/s", flush=True)
                 rows.append(row)
     return rows
 
@@ -128,15 +121,7 @@ def bench(
     parts: bool = False,
 ) -> list[BenchRow]:
     """The rows of these settings, each said as it is done. Raises: SystemExit for one that could not be measured."""
-    runs = make_runs(
-        models,
-        tests,
-        loops=loops,
-        kv_types=kv_types,
-        backends=["llama"],
-        threads=[N_THREADS],
-        chunks=[None],
-    )
+    runs = runs_of(models, tests, loops=loops, kv_types=kv_types)
     rows = []
     for row in measure(runs, repetitions=repetitions, parts=parts, limit_s=1800):
         what = f"{KINDS[row.kind]} T={row.loops}, {row.kv_type}, {row.test.name}"
@@ -145,6 +130,15 @@ def bench(
         print(f"  {what}: {row.avg_ts:.2f} tok/s", flush=True)
         rows.append(row)
     return rows
+
+
+def runs_of(
+    models: Sequence[Contender], tests: Sequence[BenchTest], *, loops: Sequence[int], kv_types: Sequence[str]
+) -> list[Run]:
+    """Every combination, on llama.cpp with the model's own chunks."""
+    return make_runs(
+        models, tests, loops=loops, kv_types=kv_types, backends=["llama"], threads=[N_THREADS], chunks=[None]
+    )
 
 
 def _fits(model: Contender, n_ctx: int) -> bool:

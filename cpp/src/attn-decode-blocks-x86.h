@@ -109,12 +109,9 @@ struct dot_blocks {
     }
 
     static __m256 zero() { return _mm256_setzero_ps(); }
-    static void   sum_4(const __m256 * a, float * y) {
-        const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
-        _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
-    }
-    static bool  has_rest(int) { return false; }
-    static float rest(int, const char *, const char *) { return 0.0f; }
+    static void   sum_4(const __m256 * x, float * y) { ::sum_4(x[0], x[1], x[2], x[3], y); }
+    static bool   has_rest(int) { return false; }
+    static float  rest(int, const char *, const char *) { return 0.0f; }
 };
 
 // One block's weights, w * d, in 16 bits: w * d = scale * i16, the largest of them 32767. Returns scale.
@@ -257,15 +254,10 @@ static void add_cells_blocks(const cache_rows & v, int n_cells, const float * w,
             for (int c = 0; c < n_cells; c++) {
                 x[c] = (const typename P::type *) v.head(c, h) + b;
             }
-            int i = 0;
-            for (; i + 2 <= n_q; i += 2) {
+            for_queries<2>(n_q, [&](auto nq, int i) {
                 const int g = h * n_q + i;
-                add_blocks<P, 2>(n_blocks, x, n_cells, w + g * TILE, out + g * v.n + b * 32, v.n);
-            }
-            for (; i < n_q; i++) {
-                const int g = h * n_q + i;
-                add_blocks<P, 1>(n_blocks, x, n_cells, w + g * TILE, out + g * v.n + b * 32, v.n);
-            }
+                add_blocks<P, nq>(n_blocks, x, n_cells, w + g * TILE, out + g * v.n + b * 32, v.n);
+            });
         }
     }
 }

@@ -9,6 +9,7 @@
 #include "ggml.h"
 
 #include <algorithm>
+#include <type_traits>
 
 enum {
     N_CELLS = 8,    // rows that are read side by side; a tile is filled up to a multiple of it
@@ -49,6 +50,18 @@ struct next_rows {
 #endif
     }
 };
+
+// f(how many, the first) for a head's queries, NQ at a time, the rest by halves of it; how many is known to the
+// compiler.
+template <int NQ, class F>
+static ALWAYS_INLINE void for_queries(int n_q, F && f, int i = 0) {
+    for (; i + NQ <= n_q; i += NQ) {
+        f(std::integral_constant<int, NQ>(), i);
+    }
+    if constexpr (NQ > 1) {
+        for_queries<NQ / 2>(n_q, f, i);
+    }
+}
 
 // Scores of N_CELLS rows of K against the n_q query heads that share each of their heads: s[(h*n_q + i)*TILE + c]
 using dot_cells_t = void (*)(const cache_rows & k, const char * q, size_t q_stride, int n_q, float * s,
@@ -163,27 +176,21 @@ static void dot_cells_in_order(const cache_rows & k, const char * q, size_t q_st
         int          h   = 0;
         for (; n_q == 1 && h + 4 <= n_head; h += 4) {
             dot_heads<D, 4, 1>(n, k_h, k_stride, q_h, q_stride, s_h);
-            for (int i = 0; i < 4 && next.n_bytes > 0; i++) {
+            for (int i = 0; i < 4; i++) {
                 next.fetch(c, h + i);
             }
             k_h += 4 * k_stride;
             q_h += 4 * q_stride;
             s_h += 4 * TILE;
         }
-        for (; h < n_head; h++, k_h += k_stride) {
-            if (next.n_bytes > 0) {
-                next.fetch(c, h);
-            }
-            int i = 0;
-            for (; i + 4 <= n_q; i += 4, q_h += 4 * q_stride, s_h += 4 * TILE) {
-                dot_heads<D, 1, 4>(n, k_h, k_stride, q_h, q_stride, s_h);
-            }
-            for (; i + 2 <= n_q; i += 2, q_h += 2 * q_stride, s_h += 2 * TILE) {
-                dot_heads<D, 1, 2>(n, k_h, k_stride, q_h, q_stride, s_h);
-            }
-            for (; i < n_q; i++, q_h += q_stride, s_h += TILE) {
-                dot_heads<D, 1, 1>(n, k_h, k_stride, q_h, q_stride, s_h);
-            }
+        for (; h < n_head; h++) {
+            next.fetch(c, h);
+            for_queries<4>(n_q, [&](auto nq, int i) {
+                dot_heads<D, 1, nq>(n, k_h, k_stride, q_h + i * q_stride, q_stride, s_h + i * TILE);
+            });
+            k_h += k_stride;
+            q_h += n_q * q_stride;
+            s_h += n_q * TILE;
         }
     }
 }
@@ -279,16 +286,7 @@ static void add_cells_float(const cache_rows & v, int n_cells, const float * w, 
     for_heads<N_CELLS>(v, n_cells, head_bytes, [&](const cache_rows & part, int c, int h) {
         const float * w_h = w + h * n_q * TILE + c;
         float *       o_h = out + h * n_q * n;
-        int           i   = 0;
-        for (; i + 4 <= n_q; i += 4) {
-            add_head<L, N_CELLS, 4>(part, n, h, w_h + i * TILE, o_h + i * n);
-        }
-        for (; i + 2 <= n_q; i += 2) {
-            add_head<L, N_CELLS, 2>(part, n, h, w_h + i * TILE, o_h + i * n);
-        }
-        for (; i < n_q; i++) {
-            add_head<L, N_CELLS, 1>(part, n, h, w_h + i * TILE, o_h + i * n);
-        }
+        for_queries<4>(n_q, [&](auto nq, int i) { add_head<L, N_CELLS, nq>(part, n, h, w_h + i * TILE, o_h + i * n); });
     });
 }
 
@@ -374,13 +372,7 @@ static void add_cells_blocks_float(const cache_rows & v, int n_cells, const floa
             }
             const float * w_b = w + h * n_q * TILE + c;
             float *       o_b = out + h * n_q * v.n + b * 32;
-            int           i   = 0;
-            for (; i + 2 <= n_q; i += 2) {
-                add_block<B, 2>(x, w_b + i * TILE, o_b + i * v.n, v.n);
-            }
-            for (; i < n_q; i++) {
-                add_block<B, 1>(x, w_b + i * TILE, o_b + i * v.n, v.n);
-            }
+            for_queries<2>(n_q, [&](auto nq, int i) { add_block<B, nq>(x, w_b + i * TILE, o_b + i * v.n, v.n); });
         }
     });
 }

@@ -107,7 +107,7 @@ static bool attn_decode_init(attn_decode & a, const ggml_tensor * dst) {
         return false;
     }
 
-    // a quantized V is fetched a tile ahead
+    // a tile of a quantized V has to stay in the L2 cache until it is used
     a.n_tile = TILE;
     if (ggml_is_quantized(a.v->type)) {
         const size_t row_bytes = ggml_row_size(a.v->type, a.n_embd_v) * a.n_head_kv;
@@ -153,7 +153,7 @@ struct open_cells {
         }
         int32_t n_open = 0;
         for (int64_t i = next; i < next + n; i++) {
-            n_open += mask[i] != 0xFC00;
+            n_open += is_open(i);
         }
         return n_open;
     }
@@ -261,7 +261,7 @@ static void attn_decode_row(const attn_decode & a, int64_t row, int ith, int nth
     open.skip(first);
 
     const size_t v_bytes = ggml_row_size(a.v->type, a.n_embd_v); // of one head
-    const bool   fetch_v = ggml_is_quantized(a.v->type);
+    const bool   fetch_v = ggml_is_quantized(a.v->type); // all of it; else the first rows, which ask for the others
     const char * k_rows[TILE];
     const char * v_rows[TILE];
     for (tile now; left > 0; left -= now.n_cells) {

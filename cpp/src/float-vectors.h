@@ -10,6 +10,16 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+// y = the sums of a, b, c and d; the kernels of 8 and 4 bits need it whatever vf is
+static inline void sum_4(__m256 a, __m256 b, __m256 c, __m256 d, float * y) {
+    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
+
+#endif
+
 #if defined(__AVX512F__)
 
 using vf = __m512;
@@ -62,18 +72,6 @@ static inline vf vf_load_bf16(const uint16_t * p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
 }
 
-static inline vf vf_load_i8(const int8_t * p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
-}
-
-// the low and the high halves of VF_N bytes, less 8
-static inline void vf_load_i4(const uint8_t * p, vf & lo, vf & hi) {
-    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
-    const __m512i l = _mm512_and_si512(x, _mm512_set1_epi32(15));
-    lo              = _mm512_cvtepi32_ps(_mm512_sub_epi32(l, _mm512_set1_epi32(8)));
-    hi              = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(x, 4), _mm512_set1_epi32(8)));
-}
-
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 using vf = __m256;
@@ -112,8 +110,7 @@ static inline float vf_hmax(vf a) {
 }
 
 static inline void vf_sum_4(vf a, vf b, vf c, vf d, float * y) {
-    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+    sum_4(a, b, c, d, y);
 }
 
 static inline vf vf_load_f16(const uint16_t * p) {

@@ -12,7 +12,7 @@ from melt_edge.runtime.library import native_function
 # Many times the caches of a laptop or a server's share of one; some 10 ms to read.
 READ_BYTES = 256 * 2**20
 # New threads may share a core at first.
-_PASSES = 5
+PASSES = 5
 # Threads that have just computed wait actively for more work, and would take a core from those that read.
 _PAUSE_S = 0.01
 
@@ -35,7 +35,7 @@ class ReadBandwidth:
     def read(self) -> float:
         """Bytes per second, the median of some passes after a pause. Raises: BackendError if it has no threads."""
         time.sleep(_PAUSE_S)
-        found = float(self._read(self._memory, _PASSES))
+        found = float(self._read(self._memory, PASSES))
         if found <= 0.0:
             raise self._error()
         return found

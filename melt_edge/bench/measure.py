@@ -9,7 +9,7 @@ from typing import Any
 
 from melt_edge.bench.child import PARTS_TOKENS, command
 from melt_edge.bench.cost import read_bytes
-from melt_edge.bench.rows import BenchRow, BenchTest, Run
+from melt_edge.bench.rows import BenchRow, BenchTest, Run, with_tuples
 from melt_edge.compare.children import replies
 from melt_edge.compare.points import Contender
 from melt_edge.errors import ConfigError
@@ -120,7 +120,7 @@ def make_row(run: Run, test: BenchTest, *, status: str, **found: Any) -> BenchRo
     """A test's row. found: the measured fields of rows.BenchRow, sequences as lists."""
     options = run.options
     if status == "measured":
-        found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+        found = with_tuples(found)
         if test.n_gen:
             found |= _read(run, test)
     known = {"loops": options.loops, "kv_type": options.kv_type, "n_threads": options.n_threads}

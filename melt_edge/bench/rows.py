@@ -157,11 +157,12 @@ class BenchRow:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BenchRow:
         """A row that was written by to_dict. Raises: TypeError for fields that are missing."""
-        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        for name in ("samples_ns", "token_ns", "token_bandwidths", "loop_ms"):
-            if isinstance(known.get(name), list):
-                known[name] = tuple(known[name])
-        return cls(**known)
+        return cls(**with_tuples({field.name: values[field.name] for field in fields(cls) if field.name in values}))
+
+
+def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields as BenchRow keeps them: JSON has lists where it has tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def make_tests(n_prompt: Sequence[int], n_gen: Sequence[int], n_depth: Sequence[int]) -> tuple[BenchTest, ...]:

@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from melt_edge.bench.bandwidth import PASSES, READ_BYTES
 from melt_edge.bench.rows import BenchRow
 from melt_edge.compare.points import KINDS
 from melt_edge.compare.table import digits, mib
@@ -137,7 +138,7 @@ def notes(rows: Sequence[BenchRow]) -> list[str]:
         span = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
         said.append(
             f"limit: the bytes of a token at the memory's read speed with as many threads, {span} GB/s; the median of "
-            "some tokens, each held against 5 passes over 256 MiB right before and after it"
+            f"some tokens, each held against {PASSES} passes over {mib(READ_BYTES)} MiB right before and after it"
         )
     timed = [row for row in rows if row.parts_ms and row.avg_ts]
     if timed:
