@@ -116,7 +116,7 @@ struct dot_blocks {
 
 // One block's weights, w * d, in 16 bits: w * d = scale * i16, the largest of them 32767. Returns scale.
 static float weights_i16(const float * w, const ggml_half * d, int n_cells, int16_t * w16, int * sum) {
-    float  wd[TILE];
+    float  wd[TILE_Q];
     __m256 max = _mm256_setzero_ps();
     for (int c = 0; c < n_cells; c += 8) {
         const __m256 x =
@@ -201,8 +201,8 @@ struct pairs_4 {
 template <class P, int NQ>
 static void add_blocks(int n_blocks, const typename P::type * const * v, int n_cells, const float * w, float * out,
                        int n) {
-    ggml_half d[4][TILE];
-    int16_t   w16[4][NQ][TILE];
+    ggml_half d[4][TILE_Q];
+    int16_t   w16[4][NQ][TILE_Q];
     int       w_sum[4][NQ];
     float     scale[4][NQ];
     for (int c = 0; c < n_cells; c++) {
@@ -222,7 +222,7 @@ static void add_blocks(int n_blocks, const typename P::type * const * v, int n_c
                 sum[i][j] = _mm256_set1_epi32(-P::OFFSET * w_sum[b][i]);
             }
         }
-        // no overflow: 64 rows of at most 128 * 32767
+        // no overflow: TILE_Q rows of at most 128 * 32767
         for (int c = 0; c < n_cells; c += 2) {
             __m256i x[4];
             P::load(v[c][b], v[c + 1][b], x);
@@ -250,7 +250,7 @@ static void add_cells_blocks(const cache_rows & v, int n_cells, const float * w,
     for (int h = 0; h < v.n_head; h++) {
         for (int b = 0; b < v.n / 32; b += 4) {
             const int                n_blocks = std::min(4, v.n / 32 - b);
-            const typename P::type * x[TILE];
+            const typename P::type * x[TILE_Q];
             for (int c = 0; c < n_cells; c++) {
                 x[c] = (const typename P::type *) v.head(c, h) + b;
             }

@@ -13,7 +13,8 @@
 
 enum {
     N_CELLS = 8,    // rows that are read side by side; a tile is filled up to a multiple of it
-    TILE    = 64,   // the most rows between two updates of the softmax
+    TILE    = 256,  // the most rows of K that are read before their V: each change makes the memory start anew
+    TILE_Q  = 64,   // of a quantized V: the weights of a tile share one scale of 16 bits
     AHEAD   = 8192, // bytes: far enough to hide the memory
 };
 
@@ -48,6 +49,19 @@ struct next_rows {
             __builtin_prefetch(p + i, 0, 2);
         }
 #endif
+    }
+
+    // part i of n of N_CELLS rows, in the order of memory
+    ALWAYS_INLINE void fetch_part(int i, int n, int n_head) const {
+        const int end = (i + 1) * N_CELLS * n_head / n;
+        int       j   = i * N_CELLS * n_head / n;
+        for (int row = j / n_head, h = j % n_head; j < end; j++) {
+            fetch(row, h);
+            if (++h == n_head) {
+                h = 0;
+                row++;
+            }
+        }
     }
 };
 
@@ -205,11 +219,11 @@ static void dot_cells_in_order(const cache_rows & k, const char * q, size_t q_st
     }
 }
 
-// NC rows of one head and NQ queries, from value j on, NV vectors at a time. Returns the first value that is left.
-template <class L, int NC, int NQ, int NV>
+// N_CELLS rows of one head and NQ queries, from value j on, NV vectors at a time. Returns the first value that is left.
+template <class L, int NQ, int NV>
 static ALWAYS_INLINE int add_vectors(const cache_rows & v, int n, int h, int j, const float * w, float * out) {
-    const typename L::type * x[NC];
-    for (int c = 0; c < NC; c++) {
+    const typename L::type * x[N_CELLS];
+    for (int c = 0; c < N_CELLS; c++) {
         x[c] = (const typename L::type *) v.head(c, h);
     }
     for (; j + NV * VF_N <= n; j += NV * VF_N) {
@@ -219,7 +233,7 @@ static ALWAYS_INLINE int add_vectors(const cache_rows & v, int n, int h, int j, 
                 sum[i][k] = vf_load(out + i * n + j + k * VF_N);
             }
         }
-        for (int c = 0; c < NC; c++) {
+        for (int c = 0; c < N_CELLS; c++) {
             vf a[NV];
             for (int k = 0; k < NV; k++) {
                 a[k] = L::load(x[c] + j + k * VF_N);
@@ -240,53 +254,45 @@ static ALWAYS_INLINE int add_vectors(const cache_rows & v, int n, int h, int j, 
     return j;
 }
 
-template <class L, int NC, int NQ>
+template <class L, int NQ>
 static ALWAYS_INLINE void add_head(const cache_rows & v, int n, int h, const float * w, float * out) {
     // a line of the row, or half of it where the registers are too few for the sums
     constexpr int NV = std::max<int>(1, 64 / sizeof(typename L::type) / VF_N / (NQ == 4 && VF_N < 16 ? 2 : 1));
-    int           j  = add_vectors<L, NC, NQ, NV>(v, n, h, 0, w, out);
-    j                = add_vectors<L, NC, NQ, 1>(v, n, h, j, w, out);
+    int           j  = add_vectors<L, NQ, NV>(v, n, h, 0, w, out);
+    j                = add_vectors<L, NQ, 1>(v, n, h, j, w, out);
     for (; j < n; j++) {
         for (int i = 0; i < NQ; i++) {
-            for (int c = 0; c < NC; c++) {
+            for (int c = 0; c < N_CELLS; c++) {
                 out[i * n + j] += w[i * TILE + c] * L::one(((const typename L::type *) v.head(c, h))[j]);
             }
         }
     }
 }
 
-// NC rows at a time: add(the rows, the number of the first, head) for each head, of which those to come are asked for.
-template <int NC, class F>
+// N_CELLS rows at a time, which spares their sums the way through the L1 cache: add(the rows, the number of the first,
+// head) for each head. Rows to come are asked for in the order of memory.
+template <class F>
 static inline void for_heads(const cache_rows & v, int n_cells, size_t head_bytes, F && add) {
-    const int ahead = std::max<int>(1, AHEAD / (v.n_head * head_bytes) / NC) * NC;
-    for (int c = 0; c < n_cells; c += NC) {
+    const int ahead = std::max<int>(1, AHEAD / (v.n_head * head_bytes) / N_CELLS) * N_CELLS;
+    for (int c = 0; c < n_cells; c += N_CELLS) {
         const cache_rows part = {v.rows + c, v.head_stride, v.n_head, v.n};
         const next_rows  next = {v.rows + c + ahead, v.head_stride, head_bytes};
         for (int h = 0; h < v.n_head; h++) {
-            for (int i = 0; i < NC && c + ahead + NC <= n_cells; i++) {
-                next.fetch(i, h);
+            if (c + ahead < n_cells) {
+                next.fetch_part(h, v.n_head, v.n_head);
             }
             add(part, c, h);
         }
     }
 }
 
-// One query to a head: in the order of memory, as K. More: several rows at once, which spares their sums' way through
-// the L1 cache.
 template <class L, int N>
 static void add_cells_float(const cache_rows & v, int n_cells, const float * w, int n_q, float * out) {
-    const int    n          = N ? N : v.n;
-    const size_t head_bytes = n * sizeof(typename L::type);
-    if (n_q == 1) {
-        for_heads<1>(v, n_cells, head_bytes, [&](const cache_rows & part, int c, int h) {
-            add_head<L, 1, 1>(part, n, h, w + h * TILE + c, out + h * n);
-        });
-        return;
-    }
-    for_heads<N_CELLS>(v, n_cells, head_bytes, [&](const cache_rows & part, int c, int h) {
+    const int n = N ? N : v.n;
+    for_heads(v, n_cells, n * sizeof(typename L::type), [&](const cache_rows & part, int c, int h) {
         const float * w_h = w + h * n_q * TILE + c;
         float *       o_h = out + h * n_q * n;
-        for_queries<4>(n_q, [&](auto nq, int i) { add_head<L, N_CELLS, nq>(part, n, h, w_h + i * TILE, o_h + i * n); });
+        for_queries<4>(n_q, [&](auto nq, int i) { add_head<L, nq>(part, n, h, w_h + i * TILE, o_h + i * n); });
     });
 }
 
@@ -364,7 +370,7 @@ template <class B>
 static void add_cells_blocks_float(const cache_rows & v, int n_cells, const float * w, int n_q, float * out) {
     using block        = typename B::type;
     const int n_blocks = v.n / 32;
-    for_heads<N_CELLS>(v, n_cells, n_blocks * sizeof(block), [&](const cache_rows & part, int c, int h) {
+    for_heads(v, n_cells, n_blocks * sizeof(block), [&](const cache_rows & part, int c, int h) {
         for (int b = 0; b < n_blocks; b++) {
             const block * x[N_CELLS];
             for (int k = 0; k < N_CELLS; k++) {

@@ -111,7 +111,7 @@ static bool attn_decode_init(attn_decode & a, const ggml_tensor * dst) {
     a.n_tile = TILE;
     if (ggml_is_quantized(a.v->type)) {
         const size_t row_bytes = ggml_row_size(a.v->type, a.n_embd_v) * a.n_head_kv;
-        a.n_tile               = std::clamp<size_t>(TILE_BYTES / row_bytes / N_CELLS * N_CELLS, N_CELLS, TILE);
+        a.n_tile               = std::clamp<size_t>(TILE_BYTES / row_bytes / N_CELLS * N_CELLS, N_CELLS, TILE_Q);
     }
 
     a.q_bytes = a.q_tmp_bytes = 0;
@@ -261,7 +261,7 @@ static void attn_decode_row(const attn_decode & a, int64_t row, int ith, int nth
     open.skip(first);
 
     const size_t v_bytes = ggml_row_size(a.v->type, a.n_embd_v); // of one head
-    const bool   fetch_v = ggml_is_quantized(a.v->type); // all of it; else the first rows, which ask for the others
+    const bool   fetch_v = ggml_is_quantized(a.v->type); // with K; else the first rows, which ask for the others
     const char * k_rows[TILE];
     const char * v_rows[TILE];
     for (tile now; left > 0; left -= now.n_cells) {
@@ -274,7 +274,7 @@ static void attn_decode_row(const attn_decode & a, int64_t row, int ith, int nth
         for (int c = 0; c < now.n_padded; c += N_CELLS) {
             if (a.dot) {
                 const cache_rows part = {k_rows + c, a.k->nb[2], (int) a.n_head_kv, (int) a.n_embd_k};
-                a.dot(part, q, q_stride, n_q, score + c, {v_rows + c, a.v->nb[2], fetch_v || c == 0 ? v_bytes : 0});
+                a.dot(part, q, q_stride, n_q, score + c, {v_rows + c, a.v->nb[2], fetch_v ? v_bytes : 0});
                 continue;
             }
             for (int64_t h = 0; h < a.n_head; h++) {
@@ -290,7 +290,9 @@ static void attn_decode_row(const attn_decode & a, int64_t row, int ith, int nth
             bias[c] = open.mask ? GGML_CPU_FP16_TO_FP32(open.mask[now.cells[c]]) : 0.0f;
         }
         std::fill(bias + now.n_cells, bias + now.n_padded, -INFINITY);
+        const next_rows first_v = {v_rows, a.v->nb[2], fetch_v ? 0 : v_bytes};
         for (int64_t h = 0; h < a.n_head; h++) {
+            first_v.fetch_part(h, a.n_head, a.n_head_kv);
             float *     s   = score + h * TILE;
             const float max = std::max(M[h], scale_scores(now.n_padded, s, a.scale, bias));
             if (max > M[h]) {
