@@ -138,7 +138,7 @@ def check(node: Attention, n_threads: int = 2) -> None:
     assert nmse(ours, theirs) < limit(node, LIMITS_GGML)
 
 
-@pytest.mark.parametrize("n_kv", [1, 2, 7, 31, 33, 64, 257, 512, 515, 1000, 2500])
+@pytest.mark.parametrize("n_kv", [1, 2, 7, 31, 33, 64, 65, 257, 512, 515, 1000, 2500])
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 def test_any_length(kind: GGMLQuantizationType, n_kv: int) -> None:
     check(attention(n_kv, k_type=kind, v_type=kind, seed=n_kv))

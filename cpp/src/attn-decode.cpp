@@ -124,7 +124,7 @@ static bool attn_decode_init(attn_decode & a, const ggml_tensor * dst) {
         }
 #endif
     }
-    const size_t v_bytes = a.add ? 0 : sizeof(float) * TILE * a.n_embd_v;
+    const size_t v_bytes = a.add ? 0 : sizeof(float) * a.n_tile * a.n_embd_v;
     a.thread_bytes       = pad_line(sizeof(float) * a.n_head * TILE) + pad_line(a.n_head * a.q_bytes) +
                            pad_line(a.q_tmp_bytes) + pad_line(v_bytes);
     a.part_floats        = pad_line(sizeof(float) * a.n_head * (2 + a.n_embd_v)) / sizeof(float);
@@ -290,9 +290,11 @@ static void attn_decode_row(const attn_decode & a, int64_t row, int ith, int nth
             bias[c] = open.mask ? GGML_CPU_FP16_TO_FP32(open.mask[now.cells[c]]) : 0.0f;
         }
         std::fill(bias + now.n_cells, bias + now.n_padded, -INFINITY);
-        const next_rows first_v = {v_rows, a.v->nb[2], fetch_v ? 0 : v_bytes};
+        const next_rows first_v = {v_rows, a.v->nb[2], v_bytes};
         for (int64_t h = 0; h < a.n_head; h++) {
-            first_v.fetch_part(h, a.n_head, a.n_head_kv);
+            if (!fetch_v) {
+                first_v.fetch_part(h, a.n_head, a.n_head_kv);
+            }
             float *     s   = score + h * TILE;
             const float max = std::max(M[h], scale_scores(now.n_padded, s, a.scale, bias));
             if (max > M[h]) {
