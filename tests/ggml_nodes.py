@@ -41,7 +41,7 @@ def ggml() -> dict[str, Any]:
         "ggml_new_graph": (pointer, pointer),
         "ggml_build_forward_expand": (None, pointer, pointer),
         "ggml_graph_compute_with_ctx": (i32, pointer, pointer, i32),
-        "melt_edge_attn_decode_enable": (None, ctypes.c_bool),
+        "melt_edge_attn_enable": (None, ctypes.c_bool),
     }
     return {name: native_function(name, *signature) for name, signature in signatures.items()}
 

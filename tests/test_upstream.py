@@ -46,7 +46,7 @@ def model(request, make_gguf) -> Path:
     return make_gguf(tiny_config(arch, num_loops=loops))
 
 
-@pytest.mark.parametrize("program", ["test-gguf", "test-batch-alloc", "test-alloc", "test-attn-decode"])
+@pytest.mark.parametrize("program", ["test-gguf", "test-batch-alloc", "test-alloc", "test-attn"])
 def test_what_needs_no_model(tmp_path, program: str) -> None:
     """The patches left the rest of the library alone."""
     run(program, cwd=tmp_path)

@@ -254,7 +254,7 @@ static void add_cells_blocks(const cache_rows & v, int n_cells, const float * w,
             for (int c = 0; c < n_cells; c++) {
                 x[c] = (const typename P::type *) v.head(c, h) + b;
             }
-            for_queries<2>(n_q, [&](auto nq, int i) {
+            for_parts<2>(n_q, [&](auto nq, int i) {
                 const int g = h * n_q + i;
                 add_blocks<P, nq>(n_blocks, x, n_cells, w + g * TILE, out + g * v.n + b * 32, v.n);
             });

@@ -4,12 +4,11 @@
 #pragma once
 
 #define GGML_COMMON_DECL_CPP
+#include "attn-common.h"
 #include "float-vectors.h"
 #include "ggml-common.h"
-#include "ggml.h"
 
 #include <algorithm>
-#include <type_traits>
 
 enum {
     N_CELLS = 8,    // rows that are read side by side; a tile is filled up to a multiple of it
@@ -17,13 +16,6 @@ enum {
     TILE_Q  = 64,   // of a quantized V: the weights of a tile share one scale of 16 bits
     AHEAD   = 8192, // bytes: far enough to hide the memory
 };
-
-// GCC takes a function that only prefetches for one without effect, and drops its calls before it inlines it
-#if defined(__GNUC__) || defined(__clang__)
-#define ALWAYS_INLINE __attribute__((always_inline)) inline
-#else
-#define ALWAYS_INLINE inline
-#endif
 
 // Rows of K or V, one for each cell, with n values for each of their heads.
 struct cache_rows {
@@ -42,14 +34,7 @@ struct next_rows {
     size_t               head_stride;
     size_t               n_bytes; // 0: nothing to ask for
 
-    ALWAYS_INLINE void fetch(int row, int h) const {
-#if defined(__GNUC__) || defined(__clang__)
-        const char * p = rows[row] + h * head_stride;
-        for (size_t i = 0; i < n_bytes; i += 64) {
-            __builtin_prefetch(p + i, 0, 2);
-        }
-#endif
-    }
+    ALWAYS_INLINE void fetch(int row, int h) const { fetch_bytes(rows[row] + h * head_stride, n_bytes); }
 
     // part i of n of N_CELLS rows, in the order of memory
     ALWAYS_INLINE void fetch_part(int i, int n, int n_head) const {
@@ -64,18 +49,6 @@ struct next_rows {
         }
     }
 };
-
-// f(how many, the first) for a head's queries, NQ at a time, the rest by halves of it; how many is known to the
-// compiler.
-template <int NQ, class F>
-static ALWAYS_INLINE void for_queries(int n_q, F && f, int i = 0) {
-    for (; i + NQ <= n_q; i += NQ) {
-        f(std::integral_constant<int, NQ>(), i);
-    }
-    if constexpr (NQ > 1) {
-        for_queries<NQ / 2>(n_q, f, i);
-    }
-}
 
 // Scores of N_CELLS rows of K against the n_q query heads that share each of their heads: s[(h*n_q + i)*TILE + c]
 using dot_cells_t = void (*)(const cache_rows & k, const char * q, size_t q_stride, int n_q, float * s,
@@ -199,7 +172,7 @@ static void dot_cells_in_order(const cache_rows & k, const char * q, size_t q_st
         }
         for (; h < n_head; h++) {
             next.fetch(c, h);
-            for_queries<4>(n_q, [&](auto nq, int i) {
+            for_parts<4>(n_q, [&](auto nq, int i) {
                 dot_heads<D, 1, nq>(n, k_h, k_stride, q_h + i * q_stride, q_stride, s_h + i * TILE);
             });
             k_h += k_stride;
@@ -292,7 +265,7 @@ static void add_cells_float(const cache_rows & v, int n_cells, const float * w, 
     for_heads(v, n_cells, n * sizeof(typename L::type), [&](const cache_rows & part, int c, int h) {
         const float * w_h = w + h * n_q * TILE + c;
         float *       o_h = out + h * n_q * n;
-        for_queries<4>(n_q, [&](auto nq, int i) { add_head<L, nq>(part, n, h, w_h + i * TILE, o_h + i * n); });
+        for_parts<4>(n_q, [&](auto nq, int i) { add_head<L, nq>(part, n, h, w_h + i * TILE, o_h + i * n); });
     });
 }
 
@@ -378,7 +351,7 @@ static void add_cells_blocks_float(const cache_rows & v, int n_cells, const floa
             }
             const float * w_b = w + h * n_q * TILE + c;
             float *       o_b = out + h * n_q * v.n + b * 32;
-            for_queries<2>(n_q, [&](auto nq, int i) { add_block<B, nq>(x, w_b + i * TILE, o_b + i * v.n, v.n); });
+            for_parts<2>(n_q, [&](auto nq, int i) { add_block<B, nq>(x, w_b + i * TILE, o_b + i * v.n, v.n); });
         }
     });
 }

@@ -6,13 +6,11 @@
 #include "attn-decode.h"
 
 #include "attn-decode-kernels.h"
-#include "env-flag.h"
 #include "ggml-cpu.h"
 #include "ops.h"
 #include "vec.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -48,17 +46,8 @@ static add_cells_t get_add_cells(ggml_type type) {
 }
 
 // A node, and where each thread keeps its things in the work buffer.
-struct attn_decode {
-    const ggml_tensor * q;
-    const ggml_tensor * k;
-    const ggml_tensor * v;
-    const ggml_tensor * mask;
-
-    int64_t n_embd_k, n_embd_v; // of a head
-    int64_t n_head, n_head_kv, n_kv;
-    int64_t n_tokens; // query rows of a stream
-    int64_t n_rows;   // query rows of all streams
-    float   scale;
+struct attn_decode : attn_node {
+    int64_t n_rows; // query rows of all streams
 
     dot_cells_t                  dot;
     add_cells_t                  add;
@@ -77,26 +66,11 @@ static size_t pad_line(size_t n_bytes) {
 }
 
 static bool attn_decode_init(attn_decode & a, const ggml_tensor * dst) {
-    a.q    = dst->src[0];
-    a.k    = dst->src[1];
-    a.v    = dst->src[2];
-    a.mask = dst->src[3];
-
-    a.n_embd_k  = a.k->ne[0];
-    a.n_embd_v  = a.v->ne[0];
-    a.n_head    = a.q->ne[2];
-    a.n_head_kv = a.k->ne[2];
-    a.n_kv      = a.k->ne[1];
-    a.n_tokens  = a.q->ne[1];
-    a.n_rows    = a.n_tokens * a.q->ne[3];
-
-    float params[3]; // scale, ALiBi's bias, soft-capping
-    memcpy(params, dst->op_params, sizeof(params));
-    a.scale = params[0];
-    if (a.n_rows > MAX_ROWS || params[1] != 0.0f || params[2] != 0.0f || dst->src[4] != nullptr) {
+    if (!a.init(dst)) {
         return false;
     }
-    if (a.v->ne[2] != a.n_head_kv || (a.mask && a.mask->ne[2] != 1) || a.q->type != GGML_TYPE_F32) {
+    a.n_rows = a.n_tokens * a.n_streams;
+    if (a.n_rows > MAX_ROWS) {
         return false;
     }
     a.dot      = get_dot_cells(a.k->type);
@@ -216,21 +190,17 @@ static void attn_decode_row(const attn_decode & a, int64_t row, int ith, int nth
     const int64_t i3  = row / a.n_tokens;
     const int     n_q = a.n_head / a.n_head_kv; // query heads that share one of K and V
 
-    const char * k = (const char *) a.k->data + i3 / (a.q->ne[3] / a.k->ne[3]) * a.k->nb[3];
-    const char * v = (const char *) a.v->data + i3 / (a.q->ne[3] / a.v->ne[3]) * a.v->nb[3];
+    const char * k = a.cache(a.k, i3);
+    const char * v = a.cache(a.v, i3);
 
-    open_cells open = {nullptr, 0};
-    if (a.mask) {
-        open.mask = (const ggml_fp16_t *) ((const char *) a.mask->data + i1 * a.mask->nb[1] +
-                                           i3 % a.mask->ne[3] * a.mask->nb[3]);
-    }
+    open_cells open = {a.mask_row(i1, i3), 0};
 
     float * score = (float *) work; // [n_head][TILE]
     char *  q_mem = work + pad_line(sizeof(float) * a.n_head * TILE);
     char *  q_tmp = q_mem + pad_line(a.n_head * a.q_bytes);
     float * v_mem = (float *) (q_tmp + pad_line(a.q_tmp_bytes));
 
-    const char * q        = (const char *) a.q->data + i1 * a.q->nb[1] + i3 * a.q->nb[3];
+    const char * q        = (const char *) a.query(i1, 0, i3);
     size_t       q_stride = a.q->nb[2];
     if (a.q_bytes) {
         for (int64_t h = 0; h < a.n_head; h++) {
@@ -343,18 +313,9 @@ static void attn_decode_merge(const attn_decode & a, const float * parts, int nt
     ggml_vec_scale_f32(a.n_embd_v, out, S == 0.0f ? 0.0f : 1.0f / S);
 }
 
-static std::atomic<bool> & attn_decode_enabled() {
-    static std::atomic<bool> enabled = melt_env_flag("MELT_ATTN_DECODE");
-    return enabled;
-}
-
-void melt_edge_attn_decode_enable(bool enabled) {
-    attn_decode_enabled() = enabled;
-}
-
 bool melt_attn_decode(const ggml_compute_params * params, ggml_tensor * dst) {
     attn_decode a;
-    if (params->use_ref || !attn_decode_enabled() || !attn_decode_init(a, dst)) {
+    if (!attn_decode_init(a, dst)) {
         return false;
     }
     const int ith   = params->ith;
@@ -369,10 +330,7 @@ bool melt_attn_decode(const ggml_compute_params * params, ggml_tensor * dst) {
     for (int64_t i = ith; i < a.n_rows * a.n_head; i += nth) {
         const int64_t row = i / a.n_head;
         const int64_t h   = i % a.n_head;
-        // dst: [n_embd_v, n_head, n_tokens, streams]
-        float * out       = (float *) ((char *) dst->data + h * dst->nb[1] + row % a.n_tokens * dst->nb[2] +
-                                       row / a.n_tokens * dst->nb[3]);
-        attn_decode_merge(a, parts + row * nth * a.part_floats, nth, h, out);
+        attn_decode_merge(a, parts + row * nth * a.part_floats, nth, h, a.out(row % a.n_tokens, h, row / a.n_tokens));
     }
     return true;
 }

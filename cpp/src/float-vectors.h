@@ -1,4 +1,4 @@
-// Float vectors for attn-decode.cpp and sigmoid.cpp: as many lanes as the CPU has, and the loads that widen cache rows
+// Float vectors for attn-decode.cpp, attn-prefill.cpp and sigmoid.cpp: as many lanes as the CPU has, and the loads that widen cache rows
 // to float. Written once per instruction set: AVX-512, AVX2 with FMA and F16C, NEON on 64 bits, and one lane for the
 // rest.
 
@@ -6,7 +6,9 @@
 
 #include "ggml-cpu-impl.h" // tells what MSVC does not: FMA and F16C come with AVX2
 #include "simd-mappings.h"
+#include "vec.h"
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -40,6 +42,12 @@ static inline void vf_store(float * p, vf a) {
 static inline vf vf_add(vf a, vf b) {
     return _mm512_add_ps(a, b);
 }
+static inline vf vf_sub(vf a, vf b) {
+    return _mm512_sub_ps(a, b);
+}
+static inline vf vf_mul(vf a, vf b) {
+    return _mm512_mul_ps(a, b);
+}
 static inline vf vf_fma(vf a, vf b, vf c) {
     return _mm512_fmadd_ps(a, b, c);
 }
@@ -72,6 +80,20 @@ static inline vf vf_load_bf16(const uint16_t * p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
 }
 
+static inline vf vf_from_i8(__m128i x) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x));
+}
+static inline vf vf_load_i8(const int8_t * p) {
+    return vf_from_i8(_mm_loadu_si128((const __m128i *) p));
+}
+
+// the low and the high halves of VF_N bytes, less 8
+static inline void vf_load_i4(const uint8_t * p, vf & lo, vf & hi) {
+    const __m128i x = _mm_loadu_si128((const __m128i *) p);
+    lo              = vf_from_i8(_mm_sub_epi8(_mm_and_si128(x, _mm_set1_epi8(15)), _mm_set1_epi8(8)));
+    hi              = vf_from_i8(_mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(x, 4), _mm_set1_epi8(15)), _mm_set1_epi8(8)));
+}
+
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 using vf = __m256;
@@ -91,6 +113,12 @@ static inline void vf_store(float * p, vf a) {
 }
 static inline vf vf_add(vf a, vf b) {
     return _mm256_add_ps(a, b);
+}
+static inline vf vf_sub(vf a, vf b) {
+    return _mm256_sub_ps(a, b);
+}
+static inline vf vf_mul(vf a, vf b) {
+    return _mm256_mul_ps(a, b);
 }
 static inline vf vf_fma(vf a, vf b, vf c) {
     return _mm256_fmadd_ps(a, b, c);
@@ -122,6 +150,18 @@ static inline vf vf_load_bf16(const uint16_t * p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
 }
 
+static inline vf vf_from_i8(__m128i x) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x));
+}
+static inline vf vf_load_i8(const int8_t * p) {
+    return vf_from_i8(_mm_loadl_epi64((const __m128i *) p));
+}
+static inline void vf_load_i4(const uint8_t * p, vf & lo, vf & hi) {
+    const __m128i x = _mm_loadl_epi64((const __m128i *) p);
+    lo              = vf_from_i8(_mm_sub_epi8(_mm_and_si128(x, _mm_set1_epi8(15)), _mm_set1_epi8(8)));
+    hi              = vf_from_i8(_mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(x, 4), _mm_set1_epi8(15)), _mm_set1_epi8(8)));
+}
+
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 
 using vf = float32x4_t;
@@ -141,6 +181,12 @@ static inline void vf_store(float * p, vf a) {
 }
 static inline vf vf_add(vf a, vf b) {
     return vaddq_f32(a, b);
+}
+static inline vf vf_sub(vf a, vf b) {
+    return vsubq_f32(a, b);
+}
+static inline vf vf_mul(vf a, vf b) {
+    return vmulq_f32(a, b);
 }
 static inline vf vf_fma(vf a, vf b, vf c) {
     return vfmaq_f32(c, a, b);
@@ -177,7 +223,6 @@ static inline vf vf_load_i8(const int8_t * p) {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(x))));
 }
 
-// the low and the high halves of VF_N bytes, less 8
 static inline void vf_load_i4(const uint8_t * p, vf & lo, vf & hi) {
     const uint8x8_t x = vreinterpret_u8_u32(vdup_n_u32(load_4_bytes(p)));
     const int8x8_t  l = vsub_s8(vreinterpret_s8_u8(vand_u8(x, vdup_n_u8(15))), vdup_n_s8(8));
@@ -205,6 +250,12 @@ static inline void vf_store(float * p, vf a) {
 }
 static inline vf vf_add(vf a, vf b) {
     return a + b;
+}
+static inline vf vf_sub(vf a, vf b) {
+    return a - b;
+}
+static inline vf vf_mul(vf a, vf b) {
+    return a * b;
 }
 static inline vf vf_fma(vf a, vf b, vf c) {
     return a * b + c;
@@ -242,3 +293,22 @@ static inline void vf_load_i4(const uint8_t * p, vf & lo, vf & hi) {
 }
 
 #endif
+
+// ggml has an exp of a whole vector for most of these
+#if defined(__AVX512DQ__) || (!defined(__AVX512F__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)) || \
+    (defined(__ARM_NEON) && defined(__aarch64__) && !defined(__ARM_FEATURE_SVE))
+#define MELT_VF_EXP
+#endif
+
+static inline vf vf_exp(vf a) {
+#ifdef MELT_VF_EXP
+    return ggml_v_expf(a);
+#else
+    float x[VF_N];
+    vf_store(x, a);
+    for (float & value : x) {
+        value = expf(value);
+    }
+    return vf_load(x);
+#endif
+}

@@ -3,25 +3,21 @@
 #include "sigmoid.h"
 
 #include "float-vectors.h"
-#include "vec.h"
 
 #include <cmath>
 
-// where ggml has an exp of a whole vector of ours
-#if defined(__AVX512DQ__) || (!defined(__AVX512F__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)) || \
-    (defined(__ARM_NEON) && defined(__aarch64__) && !defined(__ARM_FEATURE_SVE))
-#define MELT_SIGMOID
+#ifdef MELT_VF_EXP // else ggml's own is as fast
 
 static vf sigmoid(vf x) {
     const vf one = vf_set(1.0f);
-    const vf e   = ggml_v_expf(vf_fma(x, vf_set(-1.0f), vf_zero()));
+    const vf e   = vf_exp(vf_sub(vf_zero(), x));
     return vf_div(one, vf_fma(e, one, one));
 }
 
 #endif
 
 bool melt_sigmoid(const ggml_compute_params * params, ggml_tensor * dst) {
-#ifdef MELT_SIGMOID
+#ifdef MELT_VF_EXP
     const ggml_tensor * src = dst->src[0];
     if (src->type != GGML_TYPE_F32 || dst->type != GGML_TYPE_F32 || !ggml_is_contiguous(src) ||
         !ggml_is_contiguous(dst)) {

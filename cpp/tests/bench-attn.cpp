@@ -3,7 +3,7 @@
 // samples of a millisecond counts, so other work on the machine disturbs little. `make tools` builds it; arguments:
 //   [threads=2] [heads=16] [kv_heads=16] [head_size=128] [rows=1] [seconds=2] [cells...]
 
-#include "attn-decode.h"
+#include "attn.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
@@ -91,7 +91,8 @@ int main(int argc, char ** argv) {
         for (int64_t n_kv : lengths) {
             const size_t   bytes    = 2 * ggml_row_size(type, head_size) * n_head_kv * n_kv;
             const int      n_caches = std::max<int>(2, ALL_BYTES / bytes);
-            ggml_context * ctx      = ggml_init({n_caches * bytes + ((size_t) 64 << 20), nullptr, false});
+            const size_t   n_out    = sizeof(float) * head_size * n_head * n_rows;
+            ggml_context * ctx      = ggml_init({n_caches * (bytes + n_out) + ((size_t) 64 << 20), nullptr, false});
             ggml_tensor *  q        = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, head_size, n_rows, n_head);
             ggml_tensor *  mask     = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n_rows);
             ggml_set_f32(q, 0.5f);
@@ -114,7 +115,7 @@ int main(int argc, char ** argv) {
             const double        until = now() + seconds;
             for (size_t i = 0; now() < until || samples[2].size() < 3; i++) {
                 const int kind = i % 3;
-                melt_edge_attn_decode_enable(kind == 1);
+                melt_edge_attn_enable(kind == 1);
                 ggml_cgraph * graph = (kind == 0 ? read : attention)[i % n_caches];
                 const double  start = now();
                 ggml_backend_graph_compute(backend, graph);
