@@ -6,6 +6,7 @@ Test modules import helpers as ``from tiny import ...``: pytest puts this folder
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from tiny import tiny_checkpoint, tiny_config
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("fixed")
+
+# A shell's job in the background ignores Ctrl-C and hands that on to its children; some tests send it to theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeCheckpoint = Callable[..., Path]
 MakeGGUF = Callable[..., Path]
