@@ -4,9 +4,9 @@
 #pragma once
 
 #define GGML_COMMON_DECL_CPP
-#include "attn-common.h"
 #include "float-vectors.h"
 #include "ggml-common.h"
+#include "kernel-common.h"
 
 #include <algorithm>
 

@@ -6,6 +6,7 @@
 #include "attn-decode.h"
 
 #include "attn-decode-kernels.h"
+#include "attn-node.h"
 #include "ggml-cpu.h"
 #include "ops.h"
 #include "vec.h"

@@ -7,10 +7,11 @@
 #include "attn-prefill.h"
 
 #define GGML_COMMON_DECL_CPP
-#include "attn-common.h"
+#include "attn-node.h"
 #include "float-vectors.h"
 #include "ggml-common.h"
 #include "ggml-cpu.h"
+#include "kernel-common.h"
 #include "ops.h"
 
 #include <algorithm>
@@ -23,7 +24,7 @@ enum {
     COLUMNS    = 256, // query rows of a unit of work at most
 
     // whose products are summed in registers: so many rows of K or V and vectors of queries
-    N_ROWS    = VF_N == 8 ? 6 : 8, // AVX2 has 16 registers, the others 32
+    N_ROWS = VF_N == 8 ? 6 : 8, // AVX2 has 16 registers, the others 32
     N_VECTORS = 2,
     PANEL     = N_VECTORS * VF_N, // query rows
 };
@@ -256,12 +257,20 @@ static void attn_prefill_unit(const attn_prefill & a, int64_t stream, int64_t he
     const char * k = a.cache(a.k, stream) + head_kv * a.k->nb[2];
     const char * v = a.cache(a.v, stream) + head_kv * a.v->nb[2];
 
-    const auto token = [&](int i) { return (first + i) % a.n_tokens; };
-    const auto head  = [&](int i) { return head_kv * (a.n_head / a.n_head_kv) + (first + i) / a.n_tokens; };
+    const auto token = [&](int i) {
+        return (first + i) % a.n_tokens;
+    };
+    const auto head = [&](int i) {
+        return head_kv * (a.n_head / a.n_head_kv) + (first + i) / a.n_tokens;
+    };
     // columns of the panel that begins with this one: all its vectors
-    const auto width = [&](int p) { return n_columns - p > VF_N ? +PANEL : +VF_N; };
+    const auto width = [&](int p) {
+        return n_columns - p > VF_N ? +PANEL : +VF_N;
+    };
     // where the values of column i begin, width(p) apart, if each has n_embd
-    const auto at = [&](int i, int64_t n_embd) { return i / PANEL * PANEL * n_embd + i % PANEL; };
+    const auto at = [&](int i, int64_t n_embd) {
+        return i / PANEL * PANEL * n_embd + i % PANEL;
+    };
 
     float               M[COLUMNS];
     float               S[COLUMNS];

@@ -1,6 +1,6 @@
-// Float vectors for attn-decode.cpp, attn-prefill.cpp and sigmoid.cpp: as many lanes as the CPU has, and the loads that widen cache rows
-// to float. Written once per instruction set: AVX-512, AVX2 with FMA and F16C, NEON on 64 bits, and one lane for the
-// rest.
+// Float vectors for attn-decode.cpp, attn-prefill.cpp and sigmoid.cpp: as many lanes as the CPU has, and the loads that
+// widen cache rows to float. Written once per instruction set: AVX-512, AVX2 with FMA and F16C, NEON on 64 bits, and
+// one lane for the rest.
 
 #pragma once
 
@@ -91,7 +91,7 @@ static inline vf vf_load_i8(const int8_t * p) {
 static inline void vf_load_i4(const uint8_t * p, vf & lo, vf & hi) {
     const __m128i x = _mm_loadu_si128((const __m128i *) p);
     lo              = vf_from_i8(_mm_sub_epi8(_mm_and_si128(x, _mm_set1_epi8(15)), _mm_set1_epi8(8)));
-    hi              = vf_from_i8(_mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(x, 4), _mm_set1_epi8(15)), _mm_set1_epi8(8)));
+    hi = vf_from_i8(_mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(x, 4), _mm_set1_epi8(15)), _mm_set1_epi8(8)));
 }
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -159,7 +159,7 @@ static inline vf vf_load_i8(const int8_t * p) {
 static inline void vf_load_i4(const uint8_t * p, vf & lo, vf & hi) {
     const __m128i x = _mm_loadl_epi64((const __m128i *) p);
     lo              = vf_from_i8(_mm_sub_epi8(_mm_and_si128(x, _mm_set1_epi8(15)), _mm_set1_epi8(8)));
-    hi              = vf_from_i8(_mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(x, 4), _mm_set1_epi8(15)), _mm_set1_epi8(8)));
+    hi = vf_from_i8(_mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(x, 4), _mm_set1_epi8(15)), _mm_set1_epi8(8)));
 }
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)

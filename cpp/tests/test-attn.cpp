@@ -74,8 +74,8 @@ static bool passes(const test_case & t) {
     // ggml sums an f16 V in f16, and rounds the query to bf16 for a bf16 K; to 8 bits where we do so for few tokens
     const bool   is_rounded = ggml_is_quantized(t.type) && t.n_tokens > 5;
     const double limit      = t.type == GGML_TYPE_BF16 ? 1e-3 : t.type == GGML_TYPE_F16 || is_rounded ? 1e-4 : 1e-8;
-    const double error = nmse(ours, theirs);
-    const bool   ok    = error < limit && nmse(other, ours) > error;
+    const double error      = nmse(ours, theirs);
+    const bool   ok         = error < limit && nmse(other, ours) > error;
     printf("%s %-5s head size %3d, heads %d:%d, %4d cells, %d tokens, %d streams, %d threads: %.1e\n",
            ok ? "ok  " : "FAIL", ggml_type_name(t.type), t.head_size, t.n_head, t.n_head_kv, t.n_kv, t.n_tokens,
            t.n_streams, t.n_threads, error);
