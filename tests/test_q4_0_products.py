@@ -143,7 +143,7 @@ def test_rows_longer_than_the_buffer(n: int, n_tokens: int) -> None:
 
 @pytest.mark.parametrize("n_rows", [L2_BYTES // 144 // ROWS * ROWS - ROWS, L2_BYTES // 144 // ROWS * ROWS + ROWS, 4000])
 def test_more_rows_than_stay_in_the_cache(n_rows: int) -> None:
-    """A row of 8 blocks is an eighth of 8 * 144 bytes."""
+    """Eight blocks of one row take the 144 bytes of one block of eight rows."""
     check(8 * BLOCK, n_rows, 0, n_tokens=12)
 
 

@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 enum {
     MAX_ROWS   = 32,        // query rows; above, the partial results take more memory than they are worth

@@ -154,31 +154,32 @@ struct panel {
     static constexpr int N    = NV * VF_N;
     static constexpr int ROWS = N_ROWS * N_VECTORS / NV;
 
-    // scores[c] = K[c] . q
-    static void multiply_k(int n_cells, int n_embd, const float * k, const float * q, float * scores) {
-        for_parts<ROWS>(n_cells, [&](auto n_rows, int c) {
+    // out[i] = shrink * out[i] + sum over j < n_terms of x(i, j) * y[j], i < n_out; no shrink: nothing was in out
+    template <class X>
+    static ALWAYS_INLINE void multiply(int n_out, int n_terms, X && x, const float * y, const vf * shrink,
+                                       float * out) {
+        for_parts<ROWS>(n_out, [&](auto n_rows, int first) {
             vf sum[n_rows][NV];
             for (int i = 0; i < n_rows; i++) {
                 for (int r = 0; r < NV; r++) {
-                    sum[i][r] = vf_zero();
+                    sum[i][r] = shrink ? vf_mul(vf_load(out + (first + i) * N + r * VF_N), shrink[r]) : vf_zero();
                 }
             }
-            const float * x = k + c * n_embd;
-            for (int j = 0; j < n_embd; j++) {
-                vf y[NV];
+            for (int j = 0; j < n_terms; j++) {
+                vf b[NV];
                 for (int r = 0; r < NV; r++) {
-                    y[r] = vf_load(q + j * N + r * VF_N);
+                    b[r] = vf_load(y + j * N + r * VF_N);
                 }
                 for (int i = 0; i < n_rows; i++) {
-                    const vf z = vf_set(x[i * n_embd + j]);
+                    const vf a = vf_set(x(first + i, j));
                     for (int r = 0; r < NV; r++) {
-                        sum[i][r] = vf_fma(z, y[r], sum[i][r]);
+                        sum[i][r] = vf_fma(a, b[r], sum[i][r]);
                     }
                 }
             }
             for (int i = 0; i < n_rows; i++) {
                 for (int r = 0; r < NV; r++) {
-                    vf_store(scores + (c + i) * N + r * VF_N, sum[i][r]);
+                    vf_store(out + (first + i) * N + r * VF_N, sum[i][r]);
                 }
             }
         });
@@ -210,42 +211,14 @@ struct panel {
         }
     }
 
-    // out = shrink * out + sum over c of weights[c] * V[c]
-    static void add_v(int n_cells, int n_embd, const float * v, const float * weights, const vf * shrink, float * out) {
-        for_parts<ROWS>(n_embd, [&](auto n_rows, int j) {
-            vf sum[n_rows][NV];
-            for (int i = 0; i < n_rows; i++) {
-                for (int r = 0; r < NV; r++) {
-                    sum[i][r] = vf_mul(vf_load(out + (j + i) * N + r * VF_N), shrink[r]);
-                }
-            }
-            const float * x = v + j;
-            for (int c = 0; c < n_cells; c++) {
-                vf y[NV];
-                for (int r = 0; r < NV; r++) {
-                    y[r] = vf_load(weights + c * N + r * VF_N);
-                }
-                for (int i = 0; i < n_rows; i++) {
-                    const vf z = vf_set(x[c * n_embd + i]);
-                    for (int r = 0; r < NV; r++) {
-                        sum[i][r] = vf_fma(z, y[r], sum[i][r]);
-                    }
-                }
-            }
-            for (int i = 0; i < n_rows; i++) {
-                for (int r = 0; r < NV; r++) {
-                    vf_store(out + (j + i) * N + r * VF_N, sum[i][r]);
-                }
-            }
-        });
-    }
-
     static void add_tile(const attn_node & a, const unit_memory & mem, int n_cells, const float * q, const float * bias,
                          float * M, float * S, float * out) {
-        vf shrink[NV];
-        multiply_k(n_cells, a.n_embd_k, mem.k, q, mem.scores);
+        const int n_k = a.n_embd_k;
+        const int n_v = a.n_embd_v;
+        vf        shrink[NV];
+        multiply(n_cells, n_k, [&](int c, int j) { return mem.k[c * n_k + j]; }, q, nullptr, mem.scores);
         soft_max(n_cells, bias, mem.scores, M, S, shrink);
-        add_v(n_cells, a.n_embd_v, mem.v, mem.scores, shrink, out);
+        multiply(n_v, n_cells, [&](int j, int c) { return mem.v[c * n_v + j]; }, mem.scores, shrink, out);
     }
 };
 

@@ -9,27 +9,28 @@
 #include "kernel-common.h"
 
 #define GGML_COMMON_DECL_CPP
+#include "float-vectors.h"
 #include "ggml-common.h"
-#include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
 #include "repack.h"
-#include "simd-mappings.h"
 
 #include <algorithm>
 #include <cstring>
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if (defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)) || \
+    (!defined(__AVX512F__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__))
 
 // A vector holds 32-bit sums or floats of N_ROWS rows of the weights, two of each: of values 0 to 3 and of 4 to 7 out
 // of every eight.
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+enum { N_ROWS = VF_N / 2 };
 
-using ints   = __m512i;
-using floats = __m512;
+#ifdef __AVX512F__
 
+using ints = __m512i;
+
+// the products that are summed in registers: of so many times N_ROWS rows with so many tokens
 enum {
-    N_ROWS = 8,
-    GROUPS = 2, // of so many rows, whose products with so many tokens are summed in registers
+    GROUPS = 2,
     TOKENS = 8,
 };
 
@@ -49,33 +50,30 @@ static inline ints repeat_8(const void * p) {
     return _mm512_set1_epi64(x);
 }
 static inline ints dot_32(ints sum, const ints * w, const ints * y) {
+#ifdef __AVX512VNNI__
     for (int i = 0; i < 4; i++) {
         sum = _mm512_dpbusd_epi32(sum, w[i], y[i]);
     }
     return sum;
+#else
+    // in 16 bits at most 8 * 15 * 128
+    ints s = _mm512_maddubs_epi16(w[0], y[0]);
+    for (int i = 1; i < 4; i++) {
+        s = _mm512_add_epi16(s, _mm512_maddubs_epi16(w[i], y[i]));
+    }
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(s, _mm512_set1_epi16(1)));
+#endif
 }
-static inline floats to_floats(ints x) {
+static inline vf to_floats(ints x) {
     return _mm512_cvtepi32_ps(x);
 }
-static inline floats zero() {
-    return _mm512_setzero_ps();
-}
-static inline floats repeat(float x) {
-    return _mm512_set1_ps(x);
-}
-static inline floats mul(floats a, floats b) {
-    return _mm512_mul_ps(a, b);
-}
-static inline floats mul_add(floats a, floats b, floats c) {
-    return _mm512_fmadd_ps(a, b, c);
-}
 // each of N_ROWS scales, twice
-static inline floats load_scales(const ggml_half * d) {
+static inline vf load_scales(const ggml_half * d) {
     const __m128i x = _mm_loadu_si128((const __m128i *) d);
     return _mm512_cvtph_ps(_mm256_set_m128i(_mm_unpackhi_epi16(x, x), _mm_unpacklo_epi16(x, x)));
 }
 // y[N_ROWS] = each row's two sums, or more by them
-static inline void store_rows(floats x, float * y, bool add) {
+static inline void store_rows(vf x, float * y, bool add) {
     const __m512 pairs = _mm512_add_ps(x, _mm512_permute_ps(x, 0xB1));
     const __m256 rows  = _mm512_castps512_ps256(_mm512_maskz_compress_ps(0x5555, pairs));
     _mm256_storeu_ps(y, add ? _mm256_add_ps(rows, _mm256_loadu_ps(y)) : rows);
@@ -83,11 +81,9 @@ static inline void store_rows(floats x, float * y, bool add) {
 
 #else
 
-using ints   = __m256i;
-using floats = __m256;
+using ints = __m256i;
 
 enum {
-    N_ROWS = 4,
     GROUPS = 1,
     TOKENS = 4,
 };
@@ -107,13 +103,12 @@ static inline ints repeat_8(const void * p) {
     return _mm256_set1_epi64x(x);
 }
 static inline ints dot_32(ints sum, const ints * w, const ints * y) {
-#if defined(__AVXVNNI__)
+#ifdef __AVXVNNI__
     for (int i = 0; i < 4; i++) {
         sum = _mm256_dpbusd_avx_epi32(sum, w[i], y[i]);
     }
     return sum;
 #else
-    // in 16 bits at most 8 * 15 * 128
     ints s = _mm256_maddubs_epi16(w[0], y[0]);
     for (int i = 1; i < 4; i++) {
         s = _mm256_add_epi16(s, _mm256_maddubs_epi16(w[i], y[i]));
@@ -121,26 +116,14 @@ static inline ints dot_32(ints sum, const ints * w, const ints * y) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(s, _mm256_set1_epi16(1)));
 #endif
 }
-static inline floats to_floats(ints x) {
+static inline vf to_floats(ints x) {
     return _mm256_cvtepi32_ps(x);
 }
-static inline floats zero() {
-    return _mm256_setzero_ps();
-}
-static inline floats repeat(float x) {
-    return _mm256_set1_ps(x);
-}
-static inline floats mul(floats a, floats b) {
-    return _mm256_mul_ps(a, b);
-}
-static inline floats mul_add(floats a, floats b, floats c) {
-    return _mm256_fmadd_ps(a, b, c);
-}
-static inline floats load_scales(const ggml_half * d) {
+static inline vf load_scales(const ggml_half * d) {
     const __m128i x = _mm_loadl_epi64((const __m128i *) d);
     return _mm256_cvtph_ps(_mm_unpacklo_epi16(x, x));
 }
-static inline void store_rows(floats x, float * y, bool add) {
+static inline void store_rows(vf x, float * y, bool add) {
     const __m256 pairs = _mm256_hadd_ps(x, x); // rows 0, 1, 0, 1, 2, 3, 2, 3
     const __m128 rows  = _mm_movelh_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
     _mm_storeu_ps(y, add ? _mm_add_ps(rows, _mm_loadu_ps(y)) : rows);
@@ -189,17 +172,17 @@ template <int R, int T>
 static void multiply(const part & p, const token_blocks & t, int first) {
     const block_q4_0x8 * x[R];
     int                  half[R]; // of the eight rows, where a vector holds four
-    floats               sum[R][T];
+    vf                   sum[R][T];
     for (int r = 0; r < R; r++) {
         x[r]    = p.x + (size_t) (first + r) * N_ROWS / 8 * p.stride;
         half[r] = (first + r) * N_ROWS % 8 / 4;
         for (int i = 0; i < T; i++) {
-            sum[r][i] = zero();
+            sum[r][i] = vf_zero();
         }
     }
     for (int b = 0; b < p.nb; b++) {
-        ints   w[R][4];
-        floats d[R];
+        ints w[R][4];
+        vf   d[R];
         for (int r = 0; r < R; r++) {
             // values 0 to 7 of eight rows, then 8 to 15; each byte has one 16 values later, too
             for (int i = 0; i < 2; i++) {
@@ -215,10 +198,10 @@ static void multiply(const part & p, const token_blocks & t, int first) {
             for (int j = 0; j < 4; j++) {
                 y[j] = repeat_8(qs + j * 32);
             }
-            const ints   start = repeat_8(t.zero[b][i]);
-            const floats dy    = repeat(t.d[b][i]);
+            const ints start = repeat_8(t.zero[b][i]);
+            const vf   dy    = vf_set(t.d[b][i]);
             for (int r = 0; r < R; r++) {
-                sum[r][i] = mul_add(mul(to_floats(dot_32(start, w[r], y)), d[r]), dy, sum[r][i]);
+                sum[r][i] = vf_fma(vf_mul(to_floats(dot_32(start, w[r], y)), d[r]), dy, sum[r][i]);
             }
         }
     }
