@@ -259,8 +259,37 @@ static inline void for_heads(const cache_rows & v, int n_cells, size_t head_byte
     }
 }
 
+// Row after row, for one query a head.
+template <class L, int N>
+static void add_cells_in_order(const cache_rows & v, int n_cells, const float * w, float * out) {
+    const int    n           = N ? N : v.n;
+    const int    n_head      = v.n_head;
+    const size_t head_stride = v.head_stride;
+    for (int c = 0; c < n_cells; c++) {
+        const typename L::type * x   = (const typename L::type *) v.rows[c];
+        const float *            w_h = w + c;
+        float *                  o_h = out;
+        for (int h = 0; h < n_head; h++) {
+            const vf z = vf_set(*w_h);
+            int      j = 0;
+            for (; j + VF_N <= n; j += VF_N) {
+                vf_store(o_h + j, vf_fma(z, L::load(x + j), vf_load(o_h + j)));
+            }
+            for (; j < n; j++) {
+                o_h[j] += *w_h * L::one(x[j]);
+            }
+            x = (const typename L::type *) ((const char *) x + head_stride);
+            w_h += TILE;
+            o_h += n;
+        }
+    }
+}
+
 template <class L, int N>
 static void add_cells_float(const cache_rows & v, int n_cells, const float * w, int n_q, float * out) {
+    if (n_q == 1) {
+        return add_cells_in_order<L, N>(v, n_cells, w, out);
+    }
     const int n = N ? N : v.n;
     for_heads(v, n_cells, n * sizeof(typename L::type), [&](const cache_rows & part, int c, int h) {
         const float * w_h = w + h * n_q * TILE + c;

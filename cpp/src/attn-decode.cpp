@@ -17,6 +17,7 @@
 enum {
     MAX_ROWS   = 32,        // query rows; above, the partial results take more memory than they are worth
     TILE_BYTES = 160 << 10, // of a quantized V, which is fetched into the L2 cache while K is read
+    PAGE       = 4096, // a thread's processor fetches ahead as far as here, and takes what it meets from the others
 };
 
 // The kernel of K's type; none: ggml's own products are used.
@@ -57,8 +58,9 @@ struct attn_decode : attn_node {
     int    n_tile;       // cells of a tile
     size_t q_bytes;      // a head's query as the products want it; 0: as it is
     size_t q_tmp_bytes;  // while it is made
-    size_t thread_bytes; // scores, queries, float rows of V
     size_t part_floats;  // M, S and the weighted sum of all heads, for one row and thread
+    size_t parts_at;     // bytes: after a thread's scores, queries, float rows of V
+    size_t thread_bytes; // with the parts of all rows
 };
 
 static size_t pad_line(size_t n_bytes) {
@@ -99,9 +101,10 @@ static bool attn_decode_init(attn_decode & a, const ggml_tensor * dst) {
 #endif
     }
     const size_t v_bytes = a.add ? 0 : sizeof(float) * a.n_tile * a.n_embd_v;
-    a.thread_bytes       = pad_line(sizeof(float) * a.n_head * TILE) + pad_line(a.n_head * a.q_bytes) +
-                           pad_line(a.q_tmp_bytes) + pad_line(v_bytes);
     a.part_floats        = pad_line(sizeof(float) * a.n_head * (2 + a.n_embd_v)) / sizeof(float);
+    a.parts_at = pad_line(sizeof(float) * a.n_head * TILE) + pad_line(a.n_head * a.q_bytes) + pad_line(a.q_tmp_bytes) +
+                 pad_line(v_bytes);
+    a.thread_bytes = GGML_PAD(a.parts_at + a.n_rows * a.part_floats * sizeof(float), PAGE);
     return true;
 }
 
@@ -110,7 +113,7 @@ size_t melt_attn_decode_work_bytes(const ggml_tensor * dst, int n_threads) {
     if (!attn_decode_init(a, dst)) {
         return 0;
     }
-    return n_threads * (a.thread_bytes + a.n_rows * a.part_floats * sizeof(float));
+    return PAGE + n_threads * a.thread_bytes;
 }
 
 // The cells that one row may see, in order.
@@ -183,7 +186,7 @@ static float scale_scores(int n, float * s, float scale, const float * bias) {
     return std::max(tail, vf_hmax(max));
 }
 
-// One thread's share of one query row. work: thread_bytes. part: M[n_head], S[n_head], weighted sums
+// One thread's share of one query row. work: parts_at bytes. part: M[n_head], S[n_head], weighted sums
 // [n_head][n_embd_v].
 static void attn_decode_row(const attn_decode & a, int64_t row, int ith, int nth, char * work, float * part) {
     const int64_t i1  = row % a.n_tokens;
@@ -293,16 +296,17 @@ static void attn_decode_row(const attn_decode & a, int64_t row, int ith, int nth
     }
 }
 
-// Merges the threads' partial results of one head of one row. parts: those of thread 0, part_floats apart.
-static void attn_decode_merge(const attn_decode & a, const float * parts, int nth, int64_t h, float * out) {
-    float M = -INFINITY;
+// Merges the threads' partial results of one head of one row. part_0: that of thread 0.
+static void attn_decode_merge(const attn_decode & a, const float * part_0, int nth, int64_t h, float * out) {
+    const size_t stride = a.thread_bytes / sizeof(float);
+    float        M      = -INFINITY;
     for (int t = 0; t < nth; t++) {
-        M = std::max(M, parts[t * a.part_floats + h]);
+        M = std::max(M, part_0[t * stride + h]);
     }
     std::fill(out, out + a.n_embd_v, 0.0f);
     float S = 0.0f;
     for (int t = 0; t < nth; t++) {
-        const float * part = parts + t * a.part_floats;
+        const float * part = part_0 + t * stride;
         if (part[a.n_head + h] == 0.0f) {
             continue; // a thread without cells
         }
@@ -318,19 +322,22 @@ bool melt_attn_decode(const ggml_compute_params * params, ggml_tensor * dst) {
     if (!attn_decode_init(a, dst)) {
         return false;
     }
-    const int ith   = params->ith;
-    const int nth   = params->nth;
-    char *    work  = (char *) params->wdata + ith * a.thread_bytes;
-    float *   parts = (float *) ((char *) params->wdata + nth * a.thread_bytes); // [n_rows][nth][part_floats]
+    const int ith  = params->ith;
+    const int nth  = params->nth;
+    char *    work = (char *) GGML_PAD((uintptr_t) params->wdata, PAGE); // [nth][thread_bytes]
+
+    const auto part = [&](int thread, int64_t row) {
+        return (float *) (work + thread * a.thread_bytes + a.parts_at) + row * a.part_floats;
+    };
     for (int64_t row = 0; row < a.n_rows; row++) {
-        attn_decode_row(a, row, ith, nth, work, parts + (row * nth + ith) * a.part_floats);
+        attn_decode_row(a, row, ith, nth, work + ith * a.thread_bytes, part(ith, row));
     }
     ggml_barrier(params->threadpool);
 
     for (int64_t i = ith; i < a.n_rows * a.n_head; i += nth) {
         const int64_t row = i / a.n_head;
         const int64_t h   = i % a.n_head;
-        attn_decode_merge(a, parts + row * nth * a.part_floats, nth, h, a.out(row % a.n_tokens, h, row / a.n_tokens));
+        attn_decode_merge(a, part(0, row), nth, h, a.out(row % a.n_tokens, h, row / a.n_tokens));
     }
     return true;
 }
