@@ -22,7 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from typer.testing import CliRunner
 
+from melt_edge.bench.bandwidth import READ_BYTES
 from melt_edge.cli import app
+from melt_edge.compare import child
 from melt_edge.compare import measure as measuring
 from melt_edge.compare import random_model as random_models
 from melt_edge.compare.measure import measure, measure_point
@@ -83,6 +85,7 @@ def a_row(kind: str, loops: int, **changes: Any) -> Row:
         ttft_ms=10.0,
         prefill_tps=100.0,
         decode_tps=10.0,
+        bandwidth=12e9,
     )
     return replace(made, **changes)
 
@@ -124,6 +127,7 @@ def test_a_row_has_every_measurement(rows: list[Row]) -> None:
         assert row.ttft_ms
         assert row.prefill_tps
         assert row.decode_tps
+        assert 1e8 < (row.bandwidth or 0) < 1e13
         if sys.platform == "linux":
             assert row.rss_before_bytes
             assert row.rss_loaded_bytes
@@ -144,6 +148,13 @@ def test_this_process_has_a_memory() -> None:
     if sys.platform in ("linux", "darwin"):
         assert (found["rss_now_bytes"] or 0) > 2**20
         assert (peak_rss_bytes() or 0) > 2**20
+
+
+def test_memory_is_not_read_for_its_speed_where_little_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "available_bytes", lambda: None)
+    assert (child.read_bandwidth(1) or 0) > 1e8
+    monkeypatch.setattr(child, "available_bytes", lambda: READ_BYTES)
+    assert child.read_bandwidth(1) is None
 
 
 # -- not measured
@@ -337,6 +348,13 @@ def test_the_table_fits_a_terminal() -> None:
     assert any(line.split()[:4] == ["MELT,", "no", "gate", "64"] for line in lines), lines
 
 
+def test_the_table_says_how_fast_the_memory_was() -> None:
+    unknown = a_row("ouro", 4, bandwidth=None)
+    melt, ouro = (printed(*tables([row])).splitlines()[-2] for row in (a_row("melt", 4, bandwidth=36.6e9), unknown))
+    assert melt.split()[-2:] == ["10", "37"]
+    assert ouro.split()[-2:] == ["10", "-"]
+
+
 def test_ratio_lines() -> None:
     (line,) = ratio_lines([a_row("dense", 1), a_row("ouro", 4), a_row("melt", 4)])
     assert "the cache of Ouro is 4.00 times that of MELT" in line
@@ -359,6 +377,18 @@ def plot_rows() -> list[Row]:
     rows.append(a_row("ouro", 4, n_ctx=8192, status="skipped", bytes_from="computed", decode_tps=None))
     rows.append(a_row("ouro", 8, status="skipped", bytes_from=None, decode_tps=None, weights_bytes=None, kv_bytes=None))
     return rows + [replace(row, kv_type="q8_0") for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("bandwidths", "said"),
+    [((), ""), ((None,), ""), ((36.6e9, None), "memory at 37 GB/s"), ((63e9, 36.6e9), "memory at 37 to 63 GB/s")],
+)
+def test_a_plot_says_how_fast_the_memory_was(tmp_path: Path, bandwidths: tuple[float | None, ...], said: str) -> None:
+    rows = [a_row("melt", 4, bandwidth=bandwidth) for bandwidth in bandwidths or (None,)]
+    write_plot(rows, tmp_path / "p.svg", format="svg")
+    text = (tmp_path / "p.svg").read_text()
+    assert said in text
+    assert said or "memory at" not in text
 
 
 @pytest.mark.parametrize("rows", [plot_rows(), [a_row("melt", 4)], [plot_rows()[-1]]], ids=["all", "one", "nothing"])

@@ -197,6 +197,8 @@ def _show(rows: list[Row], paper: dict[str, Any] | None) -> None:
         console.print(table)
     if any(row.bytes_from == "computed" for row in rows):
         console.print("~ computed, not measured")
+    if any(row.bandwidth for row in rows):
+        console.print("RAM: the memory's read speed around decoding; compare speeds where it is alike")
     console.print()
     for line in ratio_lines(rows):
         console.print(line, soft_wrap=True)

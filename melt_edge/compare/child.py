@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from melt_edge.bench.bandwidth import READ_BYTES, ReadBandwidth
 from melt_edge.bench.fill import fill
 from melt_edge.compare.process_memory import peak_rss_bytes, process_memory
-from melt_edge.errors import MeltError
+from melt_edge.errors import BackendError, MeltError
 from melt_edge.runtime.library import import_llama_cpp
 from melt_edge.runtime.loading import BACKENDS
+from melt_edge.runtime.machine import available_bytes
 from melt_edge.runtime.options import LoadOptions
 from melt_edge.runtime.ort_session import import_onnxruntime
 
@@ -48,6 +50,8 @@ def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int, n_pref
     prefill_s = time.perf_counter() - start
     if len(prompt) < len(context):
         fill(model, context)
+    peak = peak_rss_bytes()  # the memory that is read for its speed is none of the model's
+    bandwidth_before = read_bandwidth(model.info.n_threads)
     native_before = model.native_s
     start = time.perf_counter()
     for token in rest:
@@ -55,6 +59,7 @@ def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int, n_pref
         model.last_logits().argmax()
     decode_s = time.perf_counter() - start
     native_after = model.native_s
+    bandwidth_after = read_bandwidth(model.info.n_threads)
 
     memory = model.memory()
     result |= process_memory("filled")
@@ -63,7 +68,7 @@ def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int, n_pref
         "weights_bytes": memory.weights_bytes,
         "kv_bytes": memory.kv_bytes,
         "compute_bytes": memory.compute_bytes,
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": max(peak, result["rss_filled_bytes"] or 0) if peak is not None else None,
         "n_prefill": len(prompt),
         "ttft_ms": 1000.0 * prefill_s if len(prompt) == len(context) else None,
         "prefill_tps": len(prompt) / prefill_s,
@@ -71,8 +76,22 @@ def run(path: Path, options: LoadOptions, *, backend: str, n_decode: int, n_pref
     }
     if native_before is not None and native_after is not None:
         result["decode_overhead"] = 1.0 - (native_after - native_before) / decode_s
+    if bandwidth_before is not None and bandwidth_after is not None:
+        result["bandwidth"] = (bandwidth_before + bandwidth_after) / 2
     model.close()
     return result
+
+
+def read_bandwidth(n_threads: int) -> float | None:
+    """Bytes per second that n_threads threads read; None where the model has left no memory for that."""
+    free = available_bytes()
+    if free is not None and free < 2 * READ_BYTES:
+        return None
+    try:
+        with ReadBandwidth(n_threads) as memory:
+            return memory.read()
+    except BackendError:
+        return None
 
 
 def main() -> int:

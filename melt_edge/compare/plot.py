@@ -51,9 +51,18 @@ def write_plot(rows: Sequence[Row], path: Path, *, format: str) -> None:
     for axes, kv_type in zip(figure.subplots(len(kv_types), 3, squeeze=False), kv_types, strict=True):
         _draw_panels(axes, [row for row in rows if row.kv_type == kv_type], models)
     threads = "1 thread" if rows[0].n_threads == 1 else f"{rows[0].n_threads} threads"
-    figure.suptitle(f"{', '.join(models)}, {threads}")
+    figure.suptitle(", ".join([*models, threads, *_memory_speed(rows)]))
     _legend(figure, rows, models)
     figure.savefig(path, format=format, dpi=150)
+
+
+def _memory_speed(rows: Sequence[Row]) -> list[str]:
+    """What memory gave while the points were decoded: a machine that others share may not give the same to all."""
+    found = [round(row.bandwidth / 1e9) for row in rows if row.bandwidth]
+    if not found:
+        return []
+    low, high = min(found), max(found)
+    return [f"memory at {low} GB/s" if low == high else f"memory at {low} to {high} GB/s while decoding"]
 
 
 def _draw_panels(axes: Sequence[Axes], rows: Sequence[Row], models: Sequence[str]) -> None:

@@ -64,8 +64,9 @@ class Row:
     Linux) and footprints (macOS) are those of the process before loading, after it, and with the context
     filled; peak_rss is the highest. n_prefill: tokens that were computed before those decoded, at prefill_tps; fewer
     than the context if rows were repeated, and then ttft_ms is None. decode_overhead: the share of the decode time
-    spent outside the library that computes, where the backend measures it. None: not measured, or this system does
-    not say.
+    spent outside the library that computes, where the backend measures it. bandwidth: bytes per second that as many
+    threads read from memory, the mean of right before and right after decoding. None: not measured, or this system
+    does not say.
     """
 
     model: str
@@ -98,6 +99,7 @@ class Row:
     prefill_tps: float | None = None
     decode_tps: float | None = None
     decode_overhead: float | None = None
+    bandwidth: float | None = None
 
     @property
     def total_bytes(self) -> int | None:

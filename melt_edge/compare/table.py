@@ -24,9 +24,10 @@ _COLUMNS = (
     "TTFT\ns",
     "prefill\ntok/s",
     "decode\ntok/s",
+    "RAM\nGB/s",
 )
 
-# nine columns on a terminal of 80
+# nine columns on a terminal of 80; the ten above stand one space apart
 _PADDING = (0, 1, 0, 0)
 
 
@@ -44,7 +45,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 def _table(key: tuple[str, int, str, str], rows: Sequence[Row]) -> Table:
     model, n_ctx, kv_type, backend = key
     title = Text(f"{model}: {n_ctx:,} tokens, {kv_type} cache, {backend}")
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=_PADDING)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("")
     for name in _COLUMNS:
         table.add_column(name, justify="right")
@@ -58,10 +59,11 @@ def _cells(row: Row) -> list[str]:
     sizes = [mark + mib(size) if size is not None else "-" for size in _sizes(row)]
     resident = row.rss_filled_bytes or row.footprint_filled_bytes
     if row.status != "measured":
-        return [KINDS[row.kind], str(row.loops), *sizes, row.status, "-", "-", "-"]
+        return [KINDS[row.kind], str(row.loops), *sizes, row.status, "-", "-", "-", "-"]
     ttft = digits(row.ttft_ms / 1000) if row.ttft_ms is not None else "-"
     speeds = [ttft, *(digits(speed or 0.0) for speed in (row.prefill_tps, row.decode_tps))]
-    return [KINDS[row.kind], str(row.loops), *sizes, mib(resident) if resident else "-", *speeds]
+    memory = f"{row.bandwidth / 1e9:.0f}" if row.bandwidth else "-"
+    return [KINDS[row.kind], str(row.loops), *sizes, mib(resident) if resident else "-", *speeds, memory]
 
 
 def _sizes(row: Row) -> tuple[int | None, int | None, int | None]:
