@@ -381,10 +381,10 @@ def plot_rows() -> list[Row]:
 
 @pytest.mark.parametrize(
     ("bandwidths", "said"),
-    [((), ""), ((None,), ""), ((36.6e9, None), "memory at 37 GB/s"), ((63e9, 36.6e9), "memory at 37 to 63 GB/s")],
+    [((None,), ""), ((36.6e9, None), "memory at 37 GB/s"), ((63e9, 36.6e9), "memory at 37 to 63 GB/s")],
 )
 def test_a_plot_says_how_fast_the_memory_was(tmp_path: Path, bandwidths: tuple[float | None, ...], said: str) -> None:
-    rows = [a_row("melt", 4, bandwidth=bandwidth) for bandwidth in bandwidths or (None,)]
+    rows = [a_row("melt", 4, bandwidth=bandwidth) for bandwidth in bandwidths]
     write_plot(rows, tmp_path / "p.svg", format="svg")
     text = (tmp_path / "p.svg").read_text()
     assert said in text

@@ -18,7 +18,7 @@ from rich.text import Text
 from melt_edge.bench.bandwidth import PASSES, READ_BYTES
 from melt_edge.bench.rows import BenchRow
 from melt_edge.compare.points import KINDS
-from melt_edge.compare.table import digits, mib
+from melt_edge.compare.table import digits, mib, span
 from melt_edge.errors import ConfigError, FormatError
 
 _COLUMNS = ("model", "cache", "test", "t/s", "MB\nread", "of\nlimit", "ms per\nloop", "attn", "gates")
@@ -134,27 +134,21 @@ def notes(rows: Sequence[BenchRow]) -> list[str]:
     said = []
     bandwidths = [row.bandwidth for row in rows if row.bandwidth]
     if bandwidths:
-        low, high = min(bandwidths) / 1e9, max(bandwidths) / 1e9
-        span = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
+        gb_per_s = span([bandwidth / 1e9 for bandwidth in bandwidths], ".1f")
         said.append(
-            f"limit: the bytes of a token at the memory's read speed with as many threads, {span} GB/s; the median of "
-            f"some tokens, each held against {PASSES} passes over {mib(READ_BYTES)} MiB right before and after it"
+            f"limit: the bytes of a token at the memory's read speed with as many threads, {gb_per_s} GB/s; the median "
+            f"of some tokens, each held against {PASSES} passes over {mib(READ_BYTES)} MiB right before and after it"
         )
     timed = [row for row in rows if row.parts_ms and row.avg_ts]
     if timed:
-        longer = [row.parts_ms * row.avg_ts / 1000 - 1 for row in timed if row.parts_ms and row.avg_ts]
+        times = [row.parts_ms * row.avg_ts / 1000 for row in timed if row.parts_ms and row.avg_ts]
         said.append(
             f"ms/loop, attn, gates: {timed[0].parts_tokens} tokens timed in pieces after each test, apart from it; "
-            f"such a token took {_span(longer)} of the time of the test's"
+            f"such a token took {span(times, '.0%')} of the time of the test's"
         )
     if any(row.depth_from == "repeated" for row in rows):
         said.append("depth: the rows of some tokens, repeated to fill the cache; speed does not depend on their values")
     return said
-
-
-def _span(longer: Sequence[float]) -> str:
-    low, high = (f"{100 * (1 + value):.0f}%" for value in (min(longer), max(longer)))
-    return low if low == high else f"{low} to {high}"
 
 
 def read_base(path: Path) -> list[BenchRow]:

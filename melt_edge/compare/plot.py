@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from melt_edge.compare.points import KINDS, Row
+from melt_edge.compare.table import span
 from melt_edge.errors import BackendUnavailableError, ConfigError
 
 if TYPE_CHECKING:
@@ -58,11 +59,8 @@ def write_plot(rows: Sequence[Row], path: Path, *, format: str) -> None:
 
 def _memory_speed(rows: Sequence[Row]) -> list[str]:
     """What memory gave while the points were decoded: a machine that others share may not give the same to all."""
-    found = [round(row.bandwidth / 1e9) for row in rows if row.bandwidth]
-    if not found:
-        return []
-    low, high = min(found), max(found)
-    return [f"memory at {low} GB/s" if low == high else f"memory at {low} to {high} GB/s while decoding"]
+    found = [row.bandwidth / 1e9 for row in rows if row.bandwidth]
+    return [f"memory at {span(found, '.0f')} GB/s while decoding"] if found else []
 
 
 def _draw_panels(axes: Sequence[Axes], rows: Sequence[Row], models: Sequence[str]) -> None:

@@ -137,6 +137,12 @@ def _times(more: int | None, less: int | None) -> str:
     return f"{more / less:.2f} times" if more and less else "unknown times"
 
 
+def span(numbers: Sequence[float], form: str) -> str:
+    """The lowest and the highest in this format, or one where they read alike: 36.6 to 63.0."""
+    low, high = (format(number, form) for number in (min(numbers), max(numbers)))
+    return low if low == high else f"{low} to {high}"
+
+
 def digits(number: float) -> str:
     """A number with three digits or more."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
