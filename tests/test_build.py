@@ -214,6 +214,14 @@ def test_patch_missing_from_the_folder_is_named(project: Path) -> None:
     assert "change-a-line.patch" in done.stderr
 
 
+def test_removed_tree_is_made_again(project: Path) -> None:
+    run_tree(project)
+    tree = project / "build" / "llama.cpp"
+    shutil.rmtree(tree)
+    assert run_tree(project).returncode == 0
+    assert (tree / "src" / "file.txt").is_file()
+
+
 def test_changed_series_starts_from_the_pristine_tree_and_touches_little(project: Path) -> None:
     run_tree(project)
     tree = project / "build" / "llama.cpp"

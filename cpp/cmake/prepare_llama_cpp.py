@@ -132,7 +132,7 @@ def tree(lock: dict[str, str], patches: Path, dest: Path, local: Path | None) ->
     series = series_sha256(patches)
     stamp = dest.parent / f"{dest.name}.stamp"
     now = f"{lock['sha256']} {series}"
-    if local is None and stamp.is_file() and stamp.read_text() == now:
+    if local is None and dest.is_dir() and stamp.is_file() and stamp.read_text() == now:
         return series
     stamp.unlink(missing_ok=True)
     dest.mkdir(parents=True, exist_ok=True)
