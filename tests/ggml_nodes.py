@@ -6,7 +6,7 @@ Imported as ``from ggml_nodes import ...``.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -47,9 +47,9 @@ def ggml() -> dict[str, Any]:
 
 
 @contextmanager
-def ggml_context(n_bytes: int) -> Iterator[Any]:
-    """Memory for tensors and a graph, freed at the end of the block."""
-    context = ggml()["ggml_init"](_InitParams(n_bytes, None, False))
+def ggml_context(n_bytes: int, *, no_alloc: bool = False) -> Iterator[Any]:
+    """Memory for tensors and a graph, freed at the end of the block. no_alloc: for what describes tensors only."""
+    context = ggml()["ggml_init"](_InitParams(n_bytes, None, no_alloc))
     try:
         yield context
     finally:
@@ -67,8 +67,16 @@ def tensor(context: Any, values: NDArray[Any], kind: GGMLQuantizationType = F32)
 
 def computed(context: Any, node: Any, shape: tuple[int, ...], n_threads: int) -> NDArray[np.float32]:
     """What a node of float32 holds once the graph that ends in it was computed."""
+    return computed_all(context, [node], [shape], n_threads)[0]
+
+
+def computed_all(
+    context: Any, nodes: Sequence[Any], shapes: Sequence[tuple[int, ...]], n_threads: int
+) -> list[NDArray[np.float32]]:
+    """What nodes of float32 hold once one graph, which computes them in this order, was computed."""
     graph = ggml()["ggml_new_graph"](context)
-    ggml()["ggml_build_forward_expand"](graph, node)
+    for node in nodes:
+        ggml()["ggml_build_forward_expand"](graph, node)
     assert ggml()["ggml_graph_compute_with_ctx"](context, graph, n_threads) == 0
-    data = ctypes.cast(ggml()["ggml_get_data"](node), ctypes.POINTER(ctypes.c_float))
-    return np.ctypeslib.as_array(data, shape).copy()
+    data = [ctypes.cast(ggml()["ggml_get_data"](node), ctypes.POINTER(ctypes.c_float)) for node in nodes]
+    return [np.ctypeslib.as_array(d, shape).copy() for d, shape in zip(data, shapes, strict=True)]

@@ -36,16 +36,39 @@ static inline void fetch_ahead(const block_q4_0x8 * x) {
 #endif
 }
 
-// Of the token's blocks: value = d * qs, and what the weights' offset adds to a sum of products.
+// Sums of four neighbours, in 32 bits.
+static inline __m256i sums_of_4(const block_q8_0 & y) {
+    const __m256i qs = _mm256_loadu_si256((const __m256i *) y.qs);
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), qs), _mm256_set1_epi16(1));
+}
+
+// Of eight of the token's blocks: value = d * qs, and what the weights' offset adds to a sum of products.
+static inline void scales_of_8(const block_q8_0 * y, float * d, float * zero) {
+    const __m256i s0123 = _mm256_hadd_epi32(_mm256_hadd_epi32(sums_of_4(y[0]), sums_of_4(y[1])),
+                                            _mm256_hadd_epi32(sums_of_4(y[2]), sums_of_4(y[3])));
+    const __m256i s4567 = _mm256_hadd_epi32(_mm256_hadd_epi32(sums_of_4(y[4]), sums_of_4(y[5])),
+                                            _mm256_hadd_epi32(sums_of_4(y[6]), sums_of_4(y[7])));
+    const __m256i sums =
+        _mm256_add_epi32(_mm256_permute2x128_si256(s0123, s4567, 0x20), _mm256_permute2x128_si256(s0123, s4567, 0x31));
+    const __m256 scale =
+        _mm256_cvtph_ps(_mm_setr_epi16(y[0].d, y[1].d, y[2].d, y[3].d, y[4].d, y[5].d, y[6].d, y[7].d));
+    _mm256_storeu_ps(d, scale);
+    _mm256_storeu_ps(zero, _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(-8.0f), scale), _mm256_cvtepi32_ps(sums)));
+}
+
+// Of nb blocks. Once for every step of rows that a thread takes, so eight blocks at a time.
 static void token_scales(const block_q8_0 * y, int nb, float * d, float * zero) {
-    for (int b = 0; b < nb; b++) {
-        const __m256i qs   = _mm256_loadu_si256((const __m256i *) y[b].qs);
-        const __m256i s    = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), qs), _mm256_set1_epi16(1));
-        __m128i       sums = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-        sums               = _mm_hadd_epi32(sums, sums);
-        sums               = _mm_hadd_epi32(sums, sums);
-        d[b]               = GGML_CPU_FP16_TO_FP32(y[b].d);
-        zero[b]            = -8.0f * d[b] * _mm_cvtsi128_si32(sums);
+    int b = 0;
+    for (; b + 8 <= nb; b += 8) {
+        scales_of_8(y + b, d + b, zero + b);
+    }
+    if (b < nb) {
+        block_q8_0 rest[8] = {};
+        float      rest_d[8], rest_zero[8];
+        std::copy(y + b, y + nb, rest);
+        scales_of_8(rest, rest_d, rest_zero);
+        std::copy(rest_d, rest_d + nb - b, d + b);
+        std::copy(rest_zero, rest_zero + nb - b, zero + b);
     }
 }
 

@@ -4,8 +4,10 @@
 
 #include "env-flag.h"
 #include "ggml-backend-impl.h"
+#include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
 #include "repack.h"
+#include "row-shares.h"
 
 enum {
     MAX_LONE_VALUES = 8192, // of RoPE and cache rows, which ggml would split over threads
@@ -57,7 +59,7 @@ int melt_lone_nodes(const ggml_cgraph * cgraph, int i_node) {
     return i - i_node;
 }
 
-melt_wait melt_after_node(const ggml_cgraph * cgraph, int i_node) {
+melt_wait melt_after_node(const ggml_cgraph * cgraph, int i_node, const ggml_compute_params * params) {
     if (!one_token_enabled()) {
         return MELT_WAIT;
     }
@@ -77,5 +79,5 @@ melt_wait melt_after_node(const ggml_cgraph * cgraph, int i_node) {
         return MELT_GO_ON;
     }
     const bool same = is_product(node) && node->src[1] == next->src[1] && node->src[0]->extra == next->src[0]->extra;
-    return same ? MELT_SAME_INPUT : MELT_WAIT;
+    return same && params->i_product + 1 < MELT_MAX_SAME_INPUT ? MELT_SAME_INPUT : MELT_WAIT;
 }

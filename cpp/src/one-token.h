@@ -9,6 +9,7 @@ extern "C" {
 #endif
 
 struct ggml_cgraph;
+struct ggml_compute_params;
 
 // The number of nodes from this one on, views included, that one thread computes alone: norms, sums, activations, RoPE
 // and the writing of cache rows, for one token. 0 if the first one is for all threads.
@@ -21,7 +22,8 @@ enum melt_wait {
 };
 
 // What follows this node, or the last of its lone nodes.
-enum melt_wait melt_after_node(const struct ggml_cgraph * cgraph, int i_node);
+enum melt_wait melt_after_node(const struct ggml_cgraph * cgraph, int i_node,
+                               const struct ggml_compute_params * params);
 
 #ifdef __cplusplus
 }

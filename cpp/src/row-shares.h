@@ -1,0 +1,34 @@
+// The rows of a product with one vector, shared out to the threads. ggml gives each the next chunk of all rows, and
+// each chunk begins the reading of memory anew, so chunks are large and threads wait for the last one. Here a thread
+// goes through rows of its own from front to back, in steps of half of what is left, and who is done takes from the
+// back of another's: reading is not interrupted, and the threads are done within the smallest step of each other.
+
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct ggml_compute_params;
+
+enum {
+    MELT_MAX_SAME_INPUT = 8, // products of one vector between two meetings
+};
+
+// What the shares take at the end of the work buffer.
+size_t melt_row_shares_bytes(int n_threads);
+
+// All threads meet and begin a product; without a meeting where it takes the same input as the one before.
+void melt_begin_rows(struct ggml_compute_params * params);
+
+// This thread's next rows, in groups of rows that lie together: returns how many groups, *group being the first; 0 when
+// none is left. n_groups: of the product. group_bytes: of a group's weights.
+int64_t melt_next_rows(const struct ggml_compute_params * params, int64_t n_groups, size_t group_bytes,
+                       int64_t * group);
+
+#ifdef __cplusplus
+}
+#endif
