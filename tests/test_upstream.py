@@ -1,4 +1,4 @@
-"""Upstream's own tests on the patched tree, for both architectures, and our one; `make test-upstream` builds them.
+"""Upstream's own tests on the patched tree, for both architectures, and ours; `make test-upstream` builds them.
 
 Exit codes are trusted, printed tables are not. The programs lie in build/bin, or in $MELT_UPSTREAM_BIN.
 """
@@ -46,7 +46,7 @@ def model(request, make_gguf) -> Path:
     return make_gguf(tiny_config(arch, num_loops=loops))
 
 
-@pytest.mark.parametrize("program", ["test-gguf", "test-batch-alloc", "test-alloc", "test-attn"])
+@pytest.mark.parametrize("program", ["test-gguf", "test-batch-alloc", "test-alloc", "test-attn", "test-row-shares"])
 def test_what_needs_no_model(tmp_path, program: str) -> None:
     """The patches left the rest of the library alone."""
     run(program, cwd=tmp_path)

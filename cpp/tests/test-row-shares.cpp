@@ -1,0 +1,83 @@
+// Every row of a product is taken by one thread, however fast each is (row-shares.h). Exit code 0: each was taken once.
+
+#include "row-shares.h"
+
+#include "ggml-cpu-impl.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <thread>
+#include <vector>
+
+static constexpr int N_ROUNDS = 40;
+
+struct test_case {
+    int     n_threads;
+    int64_t n_groups;
+    size_t  group_bytes;
+};
+
+// One thread's work: all products that may follow each other without a meeting.
+static void take(ggml_compute_params params, const test_case & t, std::vector<std::atomic<int>> & taken,
+                 std::atomic<bool> & outside) {
+    for (params.i_product = 0; params.i_product < MELT_MAX_SAME_INPUT; params.i_product++) {
+        int64_t group = -1;
+        for (int64_t n; (n = melt_next_rows(&params, t.n_groups, t.group_bytes, &group)) != 0;) {
+            if (n < 0 || group < 0 || group + n > t.n_groups) {
+                outside = true;
+                return;
+            }
+            for (int64_t i = group; i < group + n; i++) {
+                taken[params.i_product * t.n_groups + i]++;
+            }
+        }
+    }
+}
+
+static bool passes(const test_case & t) {
+    std::vector<char>             work(melt_row_shares_bytes(t.n_threads));
+    std::vector<std::atomic<int>> taken(MELT_MAX_SAME_INPUT * t.n_groups);
+    std::atomic<bool>             outside{false};
+    std::atomic<int>              n_ready{0};
+    std::vector<std::thread>      threads;
+    for (int ith = 0; ith < t.n_threads; ith++) {
+        ggml_compute_params params = {};
+        params.ith                 = ith;
+        params.nth                 = t.n_threads;
+        params.wsize               = work.size();
+        params.wdata               = work.data(); // of zeros: nothing is taken
+        threads.emplace_back([&, params] {
+            n_ready++;
+            while (n_ready < t.n_threads) {
+                std::this_thread::yield();
+            }
+            take(params, t, taken, outside);
+        });
+    }
+    for (std::thread & thread : threads) {
+        thread.join();
+    }
+    return !outside && std::all_of(taken.begin(), taken.end(), [](const auto & n) { return n == 1; });
+}
+
+int main() {
+    int n_failed = 0;
+    for (const int n_threads : {1, 2, 3, 5}) {
+        for (const int64_t n_groups : {0, 1, 2, 3, 64, 301}) {
+            for (const size_t group_bytes : {(size_t) 1, (size_t) 9216, (size_t) 25344, (size_t) 100000}) {
+                const test_case t  = {n_threads, n_groups, group_bytes};
+                bool            ok = true;
+                for (int i = 0; i < N_ROUNDS && ok; i++) {
+                    ok = passes(t);
+                }
+                if (!ok) {
+                    printf("%d threads, %lld groups of %zu bytes: FAILED\n", n_threads, (long long) n_groups,
+                           group_bytes);
+                    n_failed++;
+                }
+            }
+        }
+    }
+    return n_failed == 0 ? 0 : 1;
+}
