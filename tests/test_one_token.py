@@ -1,6 +1,6 @@
 """One token's graph on the CPU with fewer waits (cpp/src/one-token.cpp), and what all threads wait for in it.
 
-What each thread computes is the same with and without the waits, so logits are compared bit by bit.
+What is computed is the same with and without the waits and by whichever thread, so logits are compared bit by bit.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ enum {
     MAX_LONE_VALUES = 8192, // of RoPE and cache rows, which ggml would split over threads
 };
 
-static bool one_token_enabled() {
+bool melt_one_token_enabled() {
     static const bool enabled = melt_env_flag("MELT_ONE_TOKEN");
     return enabled;
 }
@@ -49,7 +49,7 @@ static bool is_product(const ggml_tensor * node) {
 }
 
 int melt_lone_nodes(const ggml_cgraph * cgraph, int i_node) {
-    if (!one_token_enabled()) {
+    if (!melt_one_token_enabled()) {
         return 0;
     }
     int i = i_node;
@@ -60,7 +60,7 @@ int melt_lone_nodes(const ggml_cgraph * cgraph, int i_node) {
 }
 
 melt_wait melt_after_node(const ggml_cgraph * cgraph, int i_node, const ggml_compute_params * params) {
-    if (!one_token_enabled()) {
+    if (!melt_one_token_enabled()) {
         return MELT_WAIT;
     }
     int i_next = i_node + 1;

@@ -4,12 +4,17 @@
 
 #pragma once
 
+#include <stdbool.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 struct ggml_cgraph;
 struct ggml_compute_params;
+
+// False with MELT_ONE_TOKEN=0.
+bool melt_one_token_enabled(void);
 
 // The number of nodes from this one on, views included, that one thread computes alone: norms, sums, activations, RoPE
 // and the writing of cache rows, for one token. 0 if the first one is for all threads.

@@ -5,6 +5,7 @@
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
+#include "one-token.h"
 
 #include <algorithm>
 #include <atomic>
@@ -28,14 +29,18 @@ static row_share * row_shares(const ggml_compute_params * params) {
     return (row_share *) GGML_PAD((uintptr_t) (end - melt_row_shares_bytes(params->nth)), LINE);
 }
 
-void melt_begin_rows(ggml_compute_params * params) {
+bool melt_begin_rows(ggml_compute_params * params) {
+    if (!melt_one_token_enabled()) {
+        return false;
+    }
     if (params->same_input) {
         params->i_product++;
-        return;
+        return true;
     }
     new (&row_shares(params)[params->ith]) row_share(); // none is taken
     params->i_product = 0;
     ggml_barrier(params->threadpool);
+    return true;
 }
 
 int64_t melt_next_rows(const ggml_compute_params * params, int64_t n_groups, size_t group_bytes, int64_t * group) {
