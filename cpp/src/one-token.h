@@ -30,6 +30,10 @@ enum melt_wait {
 enum melt_wait melt_after_node(const struct ggml_cgraph * cgraph, int i_node,
                                const struct ggml_compute_params * params);
 
+// ggml's barrier for the many meetings of a token: with OpenMP all threads write to one place, here each to its own.
+// With MELT_ONE_TOKEN=0, without OpenMP and for more than 8 threads it is ggml's.
+void melt_meet(const struct ggml_compute_params * params);
+
 #ifdef __cplusplus
 }
 #endif

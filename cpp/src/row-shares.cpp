@@ -39,7 +39,7 @@ bool melt_begin_rows(ggml_compute_params * params) {
     }
     new (&row_shares(params)[params->ith]) row_share(); // none is taken
     params->i_product = 0;
-    ggml_barrier(params->threadpool);
+    melt_meet(params);
     return true;
 }
 
