@@ -38,6 +38,7 @@ from provenance import provenance
 N_THREADS, N_LOOPS = 2, 4
 LOOP_COUNTS = (1, 2, 4, 8)
 FLAT_DEPTH, DEPTHS, LONGEST = 4096, (2048, 8192, 16384), (32768, 24576, 16384, 8192)
+FULL_CTX = 65536  # the shape's own context, which MELT's cache fills with 12.9 GB
 N_PROMPT = 512
 MAX_SPREAD = 0.01  # of MELT's memory over the numbers of loops
 MIN_EMPTY, MIN_DEEP = 0.90, 0.80  # of what the memory's bandwidth allows
@@ -59,11 +60,16 @@ class Line:
 
 
 def loops_section(melt: Contender, ouro: Contender, *, tiny: bool) -> list[BenchRow]:
-    """Both models at each number of loops with the same full context, and at 4 loops the longest that fits."""
+    """Both models at each number of loops with the same tokens, and at 4 loops with the most that fit; MELT, whose
+    cache does not grow, at each number with its whole context.
+    """
     depth = 64 if tiny else FLAT_DEPTH
     rows = bench([melt, ouro], [BenchTest(0, 4, depth)], loops=LOOP_COUNTS)
     longest = next((n for n in LONGEST if _fits(melt, n) and _fits(ouro, n)), LONGEST[-1])
-    return rows + bench([melt, ouro], [BenchTest(0, 4, 128 if tiny else longest - 4)], loops=[N_LOOPS])
+    rows += bench([melt, ouro], [BenchTest(0, 4, 128 if tiny else longest - 4)], loops=[N_LOOPS])
+    if _fits(melt, FULL_CTX):
+        rows += bench([melt], [BenchTest(0, 1, 256 if tiny else FULL_CTX - 4)], loops=LOOP_COUNTS)
+    return rows
 
 
 def decode_section(melt: Contender, ouro: Contender, *, tiny: bool) -> list[BenchRow]:
@@ -156,11 +162,15 @@ def loops_lines(rows: Sequence[BenchRow]) -> list[Line]:
     flat = [row for row in rows if row.n_depth == min(row.n_depth for row in rows)]
     melt = {row.loops: row for row in flat if row.kind == "melt"}
     ouro = {row.loops: row for row in flat if row.kind == "ouro"}
+    full = [
+        row for row in rows if row.kind == "melt" and row.n_depth > max(r.n_depth for r in rows if r.kind == "ouro")
+    ]
     counts = ", ".join(map(str, sorted(melt)))
     looped = [loops for loops in sorted(melt) if loops > 1]
     depth = f"{flat[0].n_depth:,} tokens"
     multiples = {loops: row.kv_bytes / ouro[1].kv_bytes for loops, row in ouro.items()}
-    deep_melt, deep_ouro = (max((r for r in rows if r.kind == k), key=lambda r: r.n_depth) for k in ("melt", "ouro"))
+    deep_ouro = max((row for row in rows if row.kind == "ouro"), key=lambda row: row.n_depth)
+    deep_melt = next(row for row in rows if (row.kind, row.n_depth) == ("melt", deep_ouro.n_depth))
     ratio = ouro[N_LOOPS].kv_bytes / melt[N_LOOPS].kv_bytes
     paper = PAPER_GB["ouro"][3] / PAPER_GB["melt"][3]
     total = total_bytes(deep_ouro) / total_bytes(deep_melt)
@@ -177,6 +187,7 @@ def loops_lines(rows: Sequence[BenchRow]) -> list[Line]:
             f"{melt[1].rss_bytes / melt[N_LOOPS].rss_bytes:.3f}",
             None,
         ),
+        *full_lines(full),
         Line(
             f"Ouro's cache at {counts} loops, {depth}",
             "exactly T times that of one loop",
@@ -191,6 +202,15 @@ def loops_lines(rows: Sequence[BenchRow]) -> list[Line]:
             None,
         ),
     ]
+
+
+def full_lines(rows: Sequence[BenchRow]) -> list[Line]:
+    """MELT's resident set with its whole context; none where the machine has not the memory for it."""
+    if not rows:
+        return []
+    counts = ", ".join(str(row.loops) for row in rows)
+    name = f"MELT's resident set at {counts} loops, {rows[0].n_depth:,} tokens"
+    return [spread_line(name, [row.rss_bytes for row in rows])]
 
 
 def spread_line(name: str, sizes: Sequence[int]) -> Line:
