@@ -193,6 +193,15 @@ def test_speed_is_held_against_the_bandwidth(imported: Any) -> None:
     assert [line.ok for line in script.depth_lines([slow, slower, quantised])] == [True, False, None]
 
 
+def test_processes_are_taken_together(imported: Any) -> None:
+    script = imported("looped")
+    unlucky = bench_row("melt", 4, token_ns=(200_000_000,) * 3)
+    row = script.merged([unlucky, bench_row("melt", 4), bench_row("melt", 4)])
+    assert len(row.samples_ns) == 3
+    assert [line.ok for line in script.decode_lines([row])] == [True]
+    assert [line.ok for line in script.decode_lines([script.merged([unlucky, unlucky, row])])] == [False]
+
+
 def test_cache_types_are_compared_pair_by_pair(imported: Any) -> None:
     script = imported("looped")
     f16 = bench_row("melt", 4, n_gen=1, samples_ns=(100, 200, 300))
