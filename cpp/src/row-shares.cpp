@@ -11,8 +11,7 @@
 #include <atomic>
 #include <new>
 
-static constexpr size_t LINE     = 64;       // bytes, so that threads do not write to each other's
-static constexpr size_t MIN_STEP = 32 << 10; // bytes of weights, read in about a microsecond
+static constexpr size_t LINE = 64; // bytes, so that threads do not write to each other's
 
 // Groups of one thread's share, of each product since the threads met: low half those that it took from the front,
 // high half those that others took from the back.
@@ -46,7 +45,7 @@ bool melt_begin_rows(ggml_compute_params * params) {
 int64_t melt_next_rows(const ggml_compute_params * params, int64_t n_groups, size_t group_bytes, int64_t * group) {
     const int      nth      = params->nth;
     const bool     apart    = nth == 1 || ggml_is_numa(); // another's rows lie in another's memory
-    const uint32_t min_step = std::max<uint32_t>(1, MIN_STEP / group_bytes);
+    const uint32_t min_step = std::max<uint32_t>(1, MELT_MIN_STEP / group_bytes);
 
     for (int i = 0; i < (apart ? 1 : nth); ++i) {
         const int      owner = (params->ith + i) % nth;
