@@ -46,7 +46,9 @@ def model(request, make_gguf) -> Path:
     return make_gguf(tiny_config(arch, num_loops=loops))
 
 
-@pytest.mark.parametrize("program", ["test-gguf", "test-batch-alloc", "test-alloc", "test-attn", "test-row-shares"])
+@pytest.mark.parametrize(
+    "program", ["test-gguf", "test-batch-alloc", "test-alloc", "test-barrier", "test-attn", "test-row-shares"]
+)
 def test_what_needs_no_model(tmp_path, program: str) -> None:
     """The patches left the rest of the library alone."""
     run(program, cwd=tmp_path)
