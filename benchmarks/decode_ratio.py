@@ -30,7 +30,7 @@ ROUNDS, N_TOKENS, N_THREADS = 20, 4, 2
 
 
 def decode_ms(model: melt_edge.Model, seed: int) -> float:
-    """Milliseconds per token, over N_TOKENS tokens after a short prompt."""
+    """Milliseconds per token, of N_TOKENS after a short prompt, which gives the first."""
     completion = model.generate("a", max_tokens=N_TOKENS, temperature=1.0, seed=seed)
     return 1000.0 / completion.timings.decode_tps
 
