@@ -76,12 +76,12 @@ def loops_section(melt: Contender, ouro: Contender, *, tiny: bool) -> list[Bench
 def decode_section(melt: Contender, ouro: Contender, *, tiny: bool) -> list[BenchRow]:
     """Both models with an empty cache, in turn and each in three processes: it is luck in which pages weights lie."""
     test = BenchTest(0, 4 if tiny else 24, 0)
-    turns = [bench([melt, ouro], [test], loops=[N_LOOPS], repetitions=1, parts=True) for _ in range(3)]
+    turns = [bench([melt, ouro], [test], loops=[N_LOOPS], parts=i == 0) for i in range(3)]
     return [merged(rows) for rows in zip(*turns, strict=True)]
 
 
 def merged(rows: Sequence[BenchRow]) -> BenchRow:
-    """The first row with the tokens of all."""
+    """The first row, with its memory and parts, and the tokens of all."""
     samples, tokens, bandwidths = (
         tuple(x for row in rows for x in getattr(row, field))
         for field in ("samples_ns", "token_ns", "token_bandwidths")
