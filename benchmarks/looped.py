@@ -107,24 +107,27 @@ def kv_types_section(melt: Contender, ouro: Contender, *, tiny: bool) -> list[Be
     for depth in depths:
         test = BenchTest(0, n_pairs // 2 + 1, depth)
         runs = runs_of([melt], [test], loops=[N_LOOPS], kv_types=("f16", "q8_0"))
-        samples: list[list[int]] = [[] for _ in runs]
-        for order in (1, -1):
-            with ExitStack() as stack:
-                models = [
-                    stack.enter_context(closing(LlamaBackend(melt.header.path, run.options))) for run in runs[::order]
-                ]
-                for model in models:
-                    fill(model, [1] * depth)
-                    evaluate(model, [1])  # the first token after another depth builds the graph anew
-                for _ in range(n_pairs // 2):
-                    for model, found in zip(models, samples[::order], strict=True):
-                        found.append(elapsed_ns(model, [1]))
-                n_ubatch = models[0].info.chunk_size
-        for run, found in zip(runs, samples, strict=True):
-            row = make_row(run, replace(test, n_gen=1), status="measured", n_ubatch=n_ubatch, samples_ns=found)
+        n_ubatch, first = tokens_in_turn(melt, runs, depth, n_pairs // 2)
+        _, second = tokens_in_turn(melt, runs[::-1], depth, n_pairs // 2)
+        for run, samples in zip(runs, map(list.__add__, first, second[::-1]), strict=True):
+            row = make_row(run, replace(test, n_gen=1), status="measured", n_ubatch=n_ubatch, samples_ns=samples)
             print(f"  {run}, {row.test.name}: {row.avg_ts:.2f} tok/s", flush=True)
             rows.append(row)
     return rows
+
+
+def tokens_in_turn(model: Contender, runs: Sequence[Run], depth: int, n_tokens: int) -> tuple[int, list[list[int]]]:
+    """The chunk size, and nanoseconds of each run's tokens after so many others, one of each run after the other."""
+    samples: list[list[int]] = [[] for _ in runs]
+    with ExitStack() as stack:
+        opened = [stack.enter_context(closing(LlamaBackend(model.header.path, run.options))) for run in runs]
+        for backend in opened:
+            fill(backend, [1] * depth)
+            evaluate(backend, [1])  # the first token after another depth builds the graph anew
+        for _ in range(n_tokens):
+            for backend, found in zip(opened, samples, strict=True):
+                found.append(elapsed_ns(backend, [1]))
+        return opened[0].info.chunk_size, samples
 
 
 def prefill_section(melt: Contender, ouro: Contender, *, tiny: bool) -> list[BenchRow]:
