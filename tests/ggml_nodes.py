@@ -35,6 +35,8 @@ def ggml() -> dict[str, Any]:
         "ggml_permute": (pointer, pointer, pointer, i32, i32, i32, i32),
         "ggml_sigmoid": (pointer, pointer, pointer),
         "ggml_rms_norm": (pointer, pointer, pointer, f32),
+        "ggml_rope_ext": (pointer, *[pointer] * 4, *[i32] * 3, *[f32] * 6),
+        "ggml_rope_ext_back": (pointer, *[pointer] * 4, *[i32] * 3, *[f32] * 6),
         "ggml_flash_attn_ext": (pointer, pointer, pointer, pointer, pointer, pointer, f32, f32, f32),
         "ggml_flash_attn_ext_add_sinks": (None, pointer, pointer),
         "ggml_get_data": (pointer, pointer),
@@ -57,10 +59,11 @@ def ggml_context(n_bytes: int, *, no_alloc: bool = False) -> Iterator[Any]:
 
 
 def tensor(context: Any, values: NDArray[Any], kind: GGMLQuantizationType = F32) -> Any:
-    """The values as a tensor of that type, the last axis first."""
+    """The values as a tensor of that type, or of int32 if that is what they are; the last axis first."""
+    integers = values.dtype == np.int32
     shape = (1,) * (4 - values.ndim) + values.shape
-    handle = ggml()["ggml_new_tensor_4d"](context, int(kind), *shape[::-1])
-    stored = np.ascontiguousarray(quants.quantize(values, kind))
+    handle = ggml()["ggml_new_tensor_4d"](context, int(GGMLQuantizationType.I32 if integers else kind), *shape[::-1])
+    stored = np.ascontiguousarray(values if integers else quants.quantize(values, kind))
     ctypes.memmove(ggml()["ggml_get_data"](handle), stored.ctypes.data, stored.nbytes)
     return handle
 
