@@ -8,6 +8,7 @@
 #include "attn-decode-kernels.h"
 #include "attn-node.h"
 #include "ggml-cpu.h"
+#include "one-token.h"
 #include "ops.h"
 #include "vec.h"
 
@@ -332,7 +333,7 @@ bool melt_attn_decode(const ggml_compute_params * params, ggml_tensor * dst) {
     for (int64_t row = 0; row < a.n_rows; row++) {
         attn_decode_row(a, row, ith, nth, work + ith * a.thread_bytes, part(ith, row));
     }
-    ggml_barrier(params->threadpool);
+    melt_meet(params);
 
     for (int64_t i = ith; i < a.n_rows * a.n_head; i += nth) {
         const int64_t row = i / a.n_head;

@@ -5,6 +5,7 @@
 #include "env-flag.h"
 #include "ggml-backend-impl.h"
 #include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
 #include "ggml-impl.h"
 #include "repack.h"
 #include "row-shares.h"
@@ -40,8 +41,9 @@ static bool is_lone(const ggml_tensor * node) {
 // the product of repacked weights and one vector: the first thread quantizes the vector, all meet, all multiply
 static bool is_product(const ggml_tensor * node) {
 #ifdef GGML_USE_CPU_REPACK
-    return node->op == GGML_OP_MUL_MAT && ggml_nrows(node) == 1 && node->src[0]->extra != nullptr &&
-           node->src[0]->buffer != nullptr && node->src[0]->buffer->buft == ggml_backend_cpu_repack_buffer_type();
+    return node->op == GGML_OP_MUL_MAT && ggml_nrows(node) == 1 && node->src[1]->type == GGML_TYPE_F32 &&
+           node->src[0]->extra != nullptr && node->src[0]->buffer != nullptr &&
+           node->src[0]->buffer->buft == ggml_backend_cpu_repack_buffer_type();
 #else
     GGML_UNUSED(node);
     return false;
@@ -59,25 +61,71 @@ int melt_lone_nodes(const ggml_cgraph * cgraph, int i_node) {
     return i - i_node;
 }
 
-melt_wait melt_after_node(const ggml_cgraph * cgraph, int i_node, const ggml_compute_params * params) {
+static int next_node(const ggml_cgraph * cgraph, int i_node) {
+    do {
+        ++i_node;
+    } while (i_node < cgraph->n_nodes && is_skipped(cgraph->nodes[i_node]));
+    return i_node;
+}
+
+static bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    return (const char *) a->data < (const char *) b->data + ggml_nbytes(b) &&
+           (const char *) b->data < (const char *) a->data + ggml_nbytes(a);
+}
+
+// False if the node cannot be computed together with those that are there.
+static bool add_product(melt_products & products, ggml_tensor * node) {
+    if (products.n == MELT_MAX_PRODUCTS || !is_product(node)) {
+        return false;
+    }
+    if (products.n > 0 && ggml_is_numa()) {
+        return false; // of each product a thread has the rows that lie in its memory
+    }
+    for (int i = 0; i < products.n; ++i) {
+        const ggml_tensor * other = products.node[i];
+        if (node->src[0]->extra != other->src[0]->extra || node->src[0]->ne[0] != other->src[0]->ne[0] ||
+            overlap(node->src[1], other)) {
+            return false;
+        }
+    }
+    int vector = 0;
+    while (vector < products.n_vectors && products.vectors[vector] != node->src[1]) {
+        ++vector;
+    }
+    if (vector == products.n_vectors) {
+        if (vector == MELT_MAX_VECTORS) {
+            return false;
+        }
+        products.vectors[products.n_vectors++] = node->src[1];
+    }
+    products.node[products.n]     = node;
+    products.vector[products.n++] = vector;
+    return true;
+}
+
+int melt_gather_products(const ggml_cgraph * cgraph, int i_node, melt_products * products) {
+    products->n = products->n_vectors = 0;
     if (!melt_one_token_enabled()) {
-        return MELT_WAIT;
+        return 0;
     }
-    int i_next = i_node + 1;
-    while (i_next < cgraph->n_nodes && is_skipped(cgraph->nodes[i_next])) {
-        ++i_next;
+    int i_last = i_node;
+    for (int i = i_node; i < cgraph->n_nodes && add_product(*products, cgraph->nodes[i]); i = next_node(cgraph, i)) {
+        i_last = i;
     }
+    return i_last - i_node;
+}
+
+size_t melt_vectors_bytes(const ggml_tensor * node) {
+    return is_product(node) ? MELT_MAX_VECTORS * melt_vector_bytes(node) : 0;
+}
+
+bool melt_goes_on(const ggml_cgraph * cgraph, int i_node) {
+    if (!melt_one_token_enabled()) {
+        return false;
+    }
+    const int i_next = next_node(cgraph, i_node);
     while (is_skipped(cgraph->nodes[i_node])) { // the last of lone nodes may be a view
         --i_node;
     }
-    if (i_next == cgraph->n_nodes || !is_product(cgraph->nodes[i_next])) {
-        return MELT_WAIT;
-    }
-    const ggml_tensor * node = cgraph->nodes[i_node];
-    const ggml_tensor * next = cgraph->nodes[i_next];
-    if (is_lone(node)) {
-        return MELT_GO_ON;
-    }
-    const bool same = is_product(node) && node->src[1] == next->src[1] && node->src[0]->extra == next->src[0]->extra;
-    return same && params->i_product + 1 < MELT_MAX_SAME_INPUT ? MELT_SAME_INPUT : MELT_WAIT;
+    return i_next < cgraph->n_nodes && is_lone(cgraph->nodes[i_node]) && is_product(cgraph->nodes[i_next]);
 }

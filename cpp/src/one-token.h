@@ -4,7 +4,10 @@
 
 #pragma once
 
+#include "ggml-backend.h"
+
 #include <stdbool.h>
+#include <stddef.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -12,6 +15,8 @@ extern "C" {
 
 struct ggml_cgraph;
 struct ggml_compute_params;
+struct ggml_tensor;
+struct melt_products;
 
 // False with MELT_ONE_TOKEN=0.
 bool melt_one_token_enabled(void);
@@ -20,15 +25,16 @@ bool melt_one_token_enabled(void);
 // and the writing of cache rows, for one token. 0 if the first one is for all threads.
 int melt_lone_nodes(const struct ggml_cgraph * cgraph, int i_node);
 
-enum melt_wait {
-    MELT_WAIT,       // all threads meet before the next node
-    MELT_GO_ON,      // the next node lets them meet itself, before it reads what this one wrote
-    MELT_SAME_INPUT, // both are products of the same vector, which stays quantized where it is
-};
+// The products that are computed together from this node on, or none. Returns how many nodes follow the first, views
+// included.
+GGML_BACKEND_API int melt_gather_products(const struct ggml_cgraph * cgraph, int i_node,
+                                          struct melt_products * products);
 
-// What follows this node, or the last of its lone nodes.
-enum melt_wait melt_after_node(const struct ggml_cgraph * cgraph, int i_node,
-                               const struct ggml_compute_params * params);
+// Bytes of the work buffer that the vectors of products take, if this node is one.
+size_t melt_vectors_bytes(const struct ggml_tensor * node);
+
+// True if the next node lets the threads meet itself, before they read what lone nodes up to this one wrote.
+bool melt_goes_on(const struct ggml_cgraph * cgraph, int i_node);
 
 // ggml's barrier for the many meetings of a token: with OpenMP all threads write to one place, here each to its own.
 // With MELT_ONE_TOKEN=0, without OpenMP and for more than 8 threads it is ggml's.
