@@ -7,11 +7,13 @@
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
+#include "kernel-common.h"
 #include "repack.h"
 #include "row-shares.h"
 
 enum {
-    MAX_LONE_VALUES = 8192, // of RoPE and cache rows, which ggml would split over threads
+    MAX_LONE_VALUES = 8192,     // of RoPE and cache rows, which ggml would split over threads
+    MAX_FETCHED     = 16 << 10, // bytes of a norm's weights: some of them fit into the L2 cache with what is there
 };
 
 bool melt_one_token_enabled() {
@@ -128,4 +130,17 @@ bool melt_goes_on(const ggml_cgraph * cgraph, int i_node) {
         --i_node;
     }
     return i_next < cgraph->n_nodes && is_lone(cgraph->nodes[i_node]) && is_product(cgraph->nodes[i_next]);
+}
+
+void melt_fetch_lone_weights(const ggml_cgraph * cgraph, int i_node, const ggml_compute_params * params) {
+    if (params->ith != 0 || !melt_one_token_enabled() || !is_product(cgraph->nodes[i_node])) {
+        return;
+    }
+    int i = i_node;
+    while ((i = next_node(cgraph, i)) < cgraph->n_nodes && is_lone(cgraph->nodes[i])) {
+        const ggml_tensor * weights = cgraph->nodes[i]->src[1];
+        if (weights != nullptr && weights->op == GGML_OP_NONE && ggml_nbytes(weights) <= MAX_FETCHED) {
+            fetch_bytes((const char *) weights->data, ggml_nbytes(weights));
+        }
+    }
 }

@@ -36,6 +36,10 @@ size_t melt_vectors_bytes(const struct ggml_tensor * node);
 // True if the next node lets the threads meet itself, before they read what lone nodes up to this one wrote.
 bool melt_goes_on(const struct ggml_cgraph * cgraph, int i_node);
 
+// The first thread asks for the weights of norms and the biases that it will read after this node, a product, and then
+// waits for the others to be done with it.
+void melt_fetch_lone_weights(const struct ggml_cgraph * cgraph, int i_node, const struct ggml_compute_params * params);
+
 // ggml's barrier for the many meetings of a token: with OpenMP all threads write to one place, here each to its own.
 // With MELT_ONE_TOKEN=0, without OpenMP and for more than 8 threads it is ggml's.
 void melt_meet(const struct ggml_compute_params * params);
