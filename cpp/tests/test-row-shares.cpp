@@ -58,8 +58,11 @@ struct test_products {
 // One thread's work. taken: how often each group of each product was taken.
 static void take(const ggml_compute_params & params, const test_case & t,
                  std::vector<std::vector<std::atomic<int>>> & taken, std::atomic<bool> & wrong) {
-    melt_rows rows = {};
-    for (bool takes = true; takes = rows.group == rows.end_group, melt_next_rows(&params, N_GROUP, &rows);) {
+    for (melt_rows rows = {};;) {
+        const bool takes = rows.group == rows.end_group; // or goes on with what it has
+        if (!melt_next_rows(&params, N_GROUP, &rows)) {
+            return;
+        }
         const int64_t n      = (rows.end - rows.first) / N_GROUP;
         const int64_t n_most = takes ? most_groups(t) - (rows.end_group - rows.group) : n;
         if (rows.product < 0 || rows.product >= params.melt->n || rows.first < 0 || rows.first % N_GROUP != 0 ||
