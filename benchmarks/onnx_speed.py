@@ -108,7 +108,7 @@ def measure_speed(folder: Path, shape: str, options: Mapping[str, Any]) -> dict[
             timings = model.generate(prompt, max_tokens=1, seed=0).timings
             rates["prefill"]["llama.cpp"].append(timings.prompt_tps)
             rates["prefill"]["onnxruntime"].append(N_PROMPT / prompt_seconds(runner))
-        for seed in range(DECODE_ROUNDS):  # the prompt stays in both caches, so that a round takes two seconds
+        for seed in range(DECODE_ROUNDS):  # the one's tokens right after the other's, whose prompt is evaluated anew
             timings = model.generate(prompt, max_tokens=N_TOKENS, temperature=1.0, seed=seed).timings
             rates["decode"]["llama.cpp"].append(timings.decode_tps)
             rates["decode"]["onnxruntime"].append(1 / step_seconds(runner, sampler))
