@@ -20,8 +20,8 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 enum {
-    MAX_BLOCKS = 512,  // of the token whose scales lie on the stack; a longer row is added up in parts
-    AHEAD      = 4096, // bytes: far enough to hide the memory, near enough to stay in the L1 cache
+    MAX_BLOCKS = 512,      // of the token whose scales lie on the stack; a longer row is added up in parts
+    AHEAD      = 16 << 10, // bytes: far enough to hide a memory that all threads read, and half of an L1 cache
 };
 
 // What the memory brings next. A core with AVX-512 is faster if it is left to its own prefetcher (Zen 4: 96 % of a
