@@ -5,7 +5,7 @@
 
 Random Q4_0 weights of Ouro-1.4B's and MELT-1.6B's shape are written once into the user's cache folder (1.8 GB).
 Everything is measured by melt_edge.bench with two threads; each setting in a process of its own, an empty cache in
-three, but for the two cache types, whose tokens are timed in turn. Contexts are filled by repeating rows, not by
+five, but for the two cache types, whose tokens are timed in turn. Contexts are filled by repeating rows, not by
 computing them.
 """
 
@@ -74,9 +74,9 @@ def loops_section(melt: Contender, ouro: Contender, *, tiny: bool) -> list[Bench
 
 
 def decode_section(melt: Contender, ouro: Contender, *, tiny: bool) -> list[BenchRow]:
-    """Both models with an empty cache, in turn and each in three processes: it is luck in which pages weights lie."""
-    test = BenchTest(0, 4 if tiny else 24, 0)
-    turns = [bench([melt, ouro], [test], loops=[N_LOOPS], parts=i == 0) for i in range(3)]
+    """Both models with an empty cache, in turn and each in five processes: it is luck in which pages weights lie."""
+    test = BenchTest(0, 4 if tiny else 16, 0)
+    turns = [bench([melt, ouro], [test], loops=[N_LOOPS], parts=i == 0) for i in range(5)]
     return [merged(rows) for rows in zip(*turns, strict=True)]
 
 

@@ -15,19 +15,22 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import melt_edge
+from melt_edge.bench.fill import evaluate
 from melt_edge.compare.random_model import write_random_gguf
 from melt_edge.compare.random_onnx import write_random_onnx
 from melt_edge.compare.shapes import shape_config
 from melt_edge.config import LoopConfig
 from melt_edge.export.onnx_ops import Layout
 from melt_edge.runtime.base import SamplingParams
+from melt_edge.runtime.llama import LlamaBackend
+from melt_edge.runtime.options import LoadOptions
 from melt_edge.runtime.ort_buffers import Memory
 from melt_edge.runtime.ort_loop import LoopRunner
 from melt_edge.runtime.ort_session import open_sessions
@@ -49,9 +52,27 @@ def prompt_seconds(runner: LoopRunner) -> float:
     return seconds(prompt)
 
 
+def llama_prompt_seconds(backend: LlamaBackend) -> float:
+    """The same in llama.cpp."""
+    backend.reset()
+    return seconds(lambda: evaluate(backend, [0] * N_PROMPT))
+
+
 def step_seconds(runner: LoopRunner, sampler: ChainSampler) -> float:
     """Seconds per token, over N_TOKENS tokens after a prompt, each sampled from all logits of the one before."""
     return seconds(lambda: [step(runner, sampler, N_PROMPT + i) for i in range(N_TOKENS)]) / N_TOKENS
+
+
+def llama_step_seconds(backend: LlamaBackend, sampler: ChainSampler) -> float:
+    """The same in llama.cpp, after the prompt that its cache holds."""
+
+    def steps() -> None:
+        for _ in range(N_TOKENS):
+            evaluate(backend, [sampler.sample(backend.last_logits())])
+
+    backend.truncate(N_PROMPT)
+    evaluate(backend, [0])  # the first token after another number of them builds the graph anew
+    return seconds(steps) / N_TOKENS
 
 
 def step(runner: LoopRunner, sampler: ChainSampler, n_past: int) -> None:
@@ -98,19 +119,17 @@ def measure_speed(folder: Path, shape: str, options: Mapping[str, Any]) -> dict[
     rates: dict[str, dict[str, list[float]]] = {
         phase: {"onnxruntime": [], "llama.cpp": []} for phase in ("decode", "prefill")
     }
-    with melt_edge.load(folder / "melt.gguf", n_ctx=512, n_threads=N_THREADS, chunk_size=N_PROMPT) as model:
-        prompt = [1] * N_PROMPT
-        model.generate(prompt[:8], max_tokens=2, seed=0)  # the first tokens page the weights in
+    llama_options = LoadOptions(n_ctx=512, n_threads=N_THREADS, chunk_size=N_PROMPT)
+    with closing(LlamaBackend(folder / "melt.gguf", llama_options)) as backend:
+        llama_prompt_seconds(backend)  # the first tokens page the weights in
+        llama_step_seconds(backend, sampler)
         prompt_seconds(runner)
         step_seconds(runner, sampler)
         for _ in range(ROUNDS):
-            model.reset()
-            timings = model.generate(prompt, max_tokens=1, seed=0).timings
-            rates["prefill"]["llama.cpp"].append(timings.prompt_tps)
+            rates["prefill"]["llama.cpp"].append(N_PROMPT / llama_prompt_seconds(backend))
             rates["prefill"]["onnxruntime"].append(N_PROMPT / prompt_seconds(runner))
-        for seed in range(DECODE_ROUNDS):  # the one's tokens right after the other's, whose prompt is evaluated anew
-            timings = model.generate(prompt, max_tokens=N_TOKENS, temperature=1.0, seed=seed).timings
-            rates["decode"]["llama.cpp"].append(timings.decode_tps)
+        for _ in range(DECODE_ROUNDS):
+            rates["decode"]["llama.cpp"].append(1 / llama_step_seconds(backend, sampler))
             rates["decode"]["onnxruntime"].append(1 / step_seconds(runner, sampler))
     own_work = own_work_share(runner, sampler)
     sampler.close()
