@@ -5,6 +5,7 @@
 
 #include "llama-cparams.h"
 #include "llama-impl.h"
+#include "llama-kv-cache.h"
 #include "llama-model-saver.h"
 
 #include <algorithm>
@@ -213,6 +214,29 @@ void llama_model_looped::load_arch_tensors(llama_model_loader &) {
 // graph
 //
 
+// the chunk's rows of the cache, as ggml_get_rows wants them
+class looped_input_rows : public llm_graph_input_i {
+public:
+    looped_input_rows(ggml_tensor * rows, const llm_graph_input_attn_kv * inp_attn) : rows(rows), inp_attn(inp_attn) {}
+
+    // inp_attn is an input that is set before
+    void set_input(const llama_ubatch *) override {
+        if (rows->buffer == nullptr) {
+            return; // no layer asks for them
+        }
+        const auto * idxs = (const int64_t *) inp_attn->self_k_idxs->data;
+
+        const std::vector<int32_t> data(idxs, idxs + rows->ne[0]);
+        ggml_backend_tensor_set(rows, data.data(), 0, ggml_nbytes(rows));
+    }
+
+    bool can_reuse(const llm_graph_params & params) override { return rows->ne[0] == params.ubatch.n_tokens; }
+
+private:
+    ggml_tensor *                   rows; // I32 [n_tokens]
+    const llm_graph_input_attn_kv * inp_attn;
+};
+
 struct llama_model_looped::graph : public llm_graph_context {
     graph(const llama_model & model, const llm_graph_params & params);
 
@@ -222,15 +246,21 @@ struct llama_model_looped::graph : public llm_graph_context {
     // inputs, the same in every loop
     ggml_tensor *             inp_pos;
     llm_graph_input_attn_kv * inp_attn;
+    ggml_tensor *             inp_rows; // nullptr if latents wait in the graph's buffer
     ggml_tensor *             inp_out_ids;
 
     std::vector<ggml_tensor *> latents; // h of each layer, from the loop before; nullptr in the first
+
+    ggml_tensor * build_inp_rows() const;
 
     // one pass over the stack; the rows that no output asks for are dropped in the last layer of the last loop
     ggml_tensor * build_loop(ggml_tensor * cur, int loop_idx);
 
     // the latent from which K and V are made: z = sigmoid(Wz u + bz + Uz h), h = z*h + (1 - z)*u
     ggml_tensor * build_kv_gate(const llama_layer & layer, ggml_tensor * u, ggml_tensor * h, int il) const;
+
+    // the latent as the next loop reads it; between the loops it waits in the layer's rows of the cache
+    ggml_tensor * build_latent(ggml_tensor * h, int il) const;
 
     // the state of the loop at which each token leaves
     ggml_tensor * build_exit(const std::vector<ggml_tensor *> & states) const;
@@ -246,6 +276,7 @@ llama_model_looped::graph::graph(const llama_model & model, const llm_graph_para
 
     inp_pos     = build_inp_pos();
     inp_attn    = build_attn_inp_kv();
+    inp_rows    = build_inp_rows();
     inp_out_ids = build_inp_out_ids();
 
     const bool early_exit = looped.exit_threshold < 1.0f;
@@ -295,12 +326,14 @@ ggml_tensor * llama_model_looped::graph::build_loop(ggml_tensor * cur, int loop_
         ggml_tensor * u = build_norm(cur, layer.attn_norm, nullptr, LLM_NORM_RMS, il);
         cb(u, "attn_norm", il);
 
-        // products of the same vector follow each other in the graph: the CPU takes them together (one-token.h)
         ggml_tensor * Qcur = build_lora_mm(layer.wq, u, layer.wq_s);
-        ggml_build_forward_expand(gf, Qcur);
+        if (inp_rows == nullptr) {
+            // products of the same vector follow each other: the CPU takes one token's together (one-token.h)
+            ggml_build_forward_expand(gf, Qcur);
+        } // else after the gate, which so needs a buffer less; never in another graph with as many nodes, which would
+          // get the buffers of this one's
 
-        ggml_tensor * h    = looped.kv_gate ? build_kv_gate(layer, u, latents[layer_idx], il) : u;
-        latents[layer_idx] = h;
+        ggml_tensor * h = looped.kv_gate ? build_kv_gate(layer, u, latents[layer_idx], il) : u;
 
         ggml_tensor * Kcur = build_lora_mm(layer.wk, h, layer.wk_s);
         ggml_tensor * Vcur = build_lora_mm(layer.wv, h, layer.wv_s);
@@ -322,6 +355,12 @@ ggml_tensor * llama_model_looped::graph::build_loop(ggml_tensor * cur, int loop_
         cur = build_attn(inp_attn, layer.wo, nullptr, layer.wo_s, Qcur, Kcur, Vcur, nullptr, nullptr, nullptr, kq_scale,
                          il);
         cb(cur, "attn_out", il);
+
+        latents[layer_idx] = h;
+        if (inp_rows != nullptr && loop_idx < (int) looped.n_loops - 1) {
+            ggml_build_forward_expand(gf, cur); // attention reads the rows before build_latent writes them
+            latents[layer_idx] = build_latent(h, il);
+        }
 
         if (loop_idx == (int) looped.n_loops - 1 && layer_idx == n_layer_phys - 1 && inp_out_ids) {
             cur   = ggml_get_rows(ctx0, cur, inp_out_ids); // [n_embd, n_outputs]
@@ -377,6 +416,57 @@ ggml_tensor * llama_model_looped::graph::build_kv_gate(const llama_layer & layer
     return cur;
 }
 
+// true if a row is as long as a latent and of a type that can hold it
+static bool looped_holds_latent(const ggml_tensor * cache, int64_t n_embd) {
+    return cache->ne[0] == n_embd && (cache->type == GGML_TYPE_F16 || cache->type == GGML_TYPE_F32);
+}
+
+ggml_tensor * llama_model_looped::graph::build_inp_rows() const {
+    // One token's latents are small, and writing them would be a step more. Without flash attention V has no rows. A
+    // device that takes over some operations would copy whole caches of the CPU's to read a few rows.
+    if (!looped.kv_gate || looped.n_loops == 1 || n_tokens == 1 || !cparams.flash_attn || cparams.training ||
+        !model.devices.empty()) {
+        return nullptr;
+    }
+    // the layers' caches are alike
+    if (!looped_holds_latent(inp_attn->mctx->get_k(ctx0, 0)->view_src, n_embd) ||
+        !looped_holds_latent(inp_attn->mctx->get_v(ctx0, 0)->view_src, n_embd)) {
+        return nullptr;
+    }
+
+    ggml_tensor * rows = ggml_new_tensor_1d(ctx0, GGML_TYPE_I32, n_tokens);
+    ggml_set_input(rows);
+    ggml_set_name(rows, "inp_rows");
+    res->add_input(std::make_unique<looped_input_rows>(rows, inp_attn));
+    return rows;
+}
+
+static ggml_tensor * looped_all_rows(ggml_context * ctx, ggml_tensor * cache) {
+    return ggml_reshape_2d(ctx, cache, cache->ne[0], cache->ne[1] * cache->ne[2]);
+}
+
+// Nobody reads the rows of the chunk's own tokens before the next loop has written them anew. So K's row keeps h
+// rounded to the cache's type, and V's what that rounding left: 22 bits of float16 together. A buffer for the latents
+// of all layers would be as large as the chunk's part of the cache.
+ggml_tensor * llama_model_looped::graph::build_latent(ggml_tensor * h, int il) const {
+    ggml_tensor * k = looped_all_rows(ctx0, inp_attn->mctx->get_k(ctx0, il)->view_src);
+    ggml_tensor * v = looped_all_rows(ctx0, inp_attn->mctx->get_v(ctx0, il)->view_src);
+
+    k = ggml_set_rows(ctx0, k, h, inp_attn->get_k_idxs());
+
+    ggml_tensor * rest = ggml_sub(ctx0, h, ggml_get_rows(ctx0, k, inp_rows));
+    cb(rest, "kv_gate_rest", il);
+
+    v = ggml_set_rows(ctx0, v, rest, inp_attn->get_v_idxs());
+    ggml_build_forward_expand(gf, v);
+
+    // read again where the next loop needs it, so that nothing stays in the buffer
+    ggml_tensor * cur = ggml_add(ctx0, ggml_get_rows(ctx0, k, inp_rows), ggml_get_rows(ctx0, v, inp_rows));
+    cb(cur, "kv_gate_latent", il);
+
+    return cur;
+}
+
 ggml_tensor * llama_model_looped::graph::build_exit(const std::vector<ggml_tensor *> & states) const {
     // remaining *= 1 - exit_t; a token leaves at the first loop with 1 - remaining >= threshold, that is
     // threshold - 1 + remaining <= 0, and at the last one anyway
@@ -409,7 +499,7 @@ ggml_tensor * llama_model_looped::graph::build_exit(const std::vector<ggml_tenso
 uint32_t llama_looped_max_nodes(const llama_model & model) {
     const llama_looped_hparams & looped = model.hparams.looped;
 
-    uint64_t per_loop = 64ull * looped.n_layer_phys + 32; // 51 are used by a gated layer without flash attention
+    uint64_t per_loop = 64ull * looped.n_layer_phys + 32; // at most 60 tensors are made for a layer
     for (const auto & lora : model.loras) {
         per_loop += lora->get_n_nodes();
     }

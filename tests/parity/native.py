@@ -77,6 +77,18 @@ class Context:
         return int(native_function("melt_edge_kv_bytes", ctypes.c_uint64, ctypes.c_void_p)(self.handle))
 
 
+def name_collector(names: set[str]) -> Any:
+    """A context's eval_callback that adds the names of the graph's nodes, each "name-layer" as "name"."""
+    get_name = native_function("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
+
+    @llama.ggml_backend_sched_eval_callback
+    def collect(tensor: int, ask: bool, user_data: object) -> bool:
+        names.add(get_name(tensor).decode().partition("-")[0])
+        return not ask
+
+    return collect
+
+
 @contextmanager
 def context(
     path: Path,

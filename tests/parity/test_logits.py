@@ -38,6 +38,7 @@ MODELS = {
         (1, (4, 4, 16), False, 300),  # head_dim = d / heads
         (2, (4, 2, 32), True, 301),  # GQA 2:1, head_dim != d / heads, odd vocabulary
         (4, (4, 1, 48), False, 303),  # GQA 4:1
+        (5, (2, 2, 32), False, 300),  # rows of d values, in which latents can wait
         (7, (4, 2, 16), True, 300),
     )
 }
@@ -108,9 +109,12 @@ def _logits_of(handle):
     return llama.llama_get_logits_ith(handle, -1)
 
 
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["plain", "flash"])
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["unified", "streams"])
 @pytest.mark.parametrize("model_type", ["ouro", "melt"])
-def test_sequences_in_one_batch_do_not_disturb_each_other(make_checkpoint, make_gguf, model_type, kv_unified) -> None:
+def test_sequences_in_one_batch_do_not_disturb_each_other(
+    make_checkpoint, make_gguf, model_type, kv_unified, flash_attn
+) -> None:
     """Each sequence of a mixed batch is cut into the chunks that it would get alone."""
     config = tiny_config(model_type, chunk_size=8) if model_type == "melt" else tiny_config(model_type)
     model = reference_model(make_checkpoint(config))
@@ -119,7 +123,7 @@ def test_sequences_in_one_batch_do_not_disturb_each_other(make_checkpoint, make_
     rows = [sequence(prompt, seq=seq) for seq, prompt in enumerate(prompts)]
     mixed = [row for step in range(21) for tokens in rows for row in tokens[step : step + 1]]
     got = {seq: [] for seq in range(3)}
-    with context(make_gguf(config), n_seq_max=3, kv_unified=kv_unified, n_ctx=768) as ctx:
+    with context(make_gguf(config), n_seq_max=3, kv_unified=kv_unified, n_ctx=768, flash_attn=flash_attn) as ctx:
         for row, logits in zip(mixed, ctx.logits(mixed), strict=True):
             got[row.seqs[0]].append(logits)
         for step in range(4):

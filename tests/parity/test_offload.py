@@ -12,12 +12,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from melt_edge.runtime.library import native_dir
-from parity.native import Context, context, llama, sequence
+from parity.native import Context, context, llama, name_collector, sequence
 from tiny import tiny_config
 
 LAYERS, LOOPS = 3, 4
@@ -42,7 +43,9 @@ def card() -> tuple[ctypes.Array[ctypes.c_void_p], list[object]]:
 
 
 @contextmanager
-def offloaded(path: Path, n_gpu_layers: int) -> Iterator[Context]:
+def offloaded(
+    path: Path, n_gpu_layers: int, *, flash_attn: bool = False, eval_callback: Any = None
+) -> Iterator[Context]:
     """A model with a context, that many layers of it on the card."""
     device, alive = card()
     params = llama.llama_model_default_params()
@@ -54,7 +57,9 @@ def offloaded(path: Path, n_gpu_layers: int) -> Iterator[Context]:
     context_params = llama.llama_context_default_params()
     context_params.n_ctx = context_params.n_batch = 256
     context_params.n_threads = context_params.n_threads_batch = 1
-    context_params.flash_attn_type = 0
+    context_params.flash_attn_type = int(flash_attn)
+    if eval_callback is not None:
+        context_params.cb_eval = eval_callback
     handle = llama.llama_init_from_model(model, context_params)
     assert handle
     try:
@@ -84,3 +89,18 @@ def test_offload_counts_the_layers_of_the_file(make_gguf, caplog, model_type: st
     assert [weights[str(il)] for il in range(LAYERS + 1)] == expected
     n_slots = LAYERS * (LOOPS if model_type == "ouro" else 1)
     assert [(int(il), device) for il, device in slots] == [(il, expected[il % LAYERS]) for il in range(n_slots)]
+
+
+@pytest.mark.parametrize("n_gpu_layers", [0, 2, -1])
+def test_latents_wait_in_the_buffer_where_a_card_may_compute(make_gguf, n_gpu_layers: int) -> None:
+    """It would copy the CPU's whole cache to read a few rows of it. Without a card they wait in the cache."""
+    path = make_gguf(tiny_config("melt", layers=LAYERS, num_loops=LOOPS))
+    plain_names: set[str] = set()
+    names: set[str] = set()
+    with context(path, flash_attn=True, kv_type="f16", eval_callback=name_collector(plain_names)) as plain:
+        expected = plain.logits(TOKENS)
+    with offloaded(path, n_gpu_layers, flash_attn=True, eval_callback=name_collector(names)) as model:
+        np.testing.assert_allclose(model.logits(TOKENS), expected, atol=1e-3)
+    assert "kv_gate_latent" in plain_names
+    assert "kv_gate_h" in names
+    assert "kv_gate_latent" not in names
