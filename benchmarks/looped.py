@@ -39,7 +39,6 @@ from provenance import provenance
 N_THREADS, N_LOOPS = 2, 4
 LOOP_COUNTS = (1, 2, 4, 8)
 FLAT_DEPTH, DEPTHS, LONGEST = 4096, (2048, 8192, 16384), (32768, 24576, 16384, 8192)
-FULL_CTX = 65536  # the shape's own context, which MELT's cache fills with 12.9 GB
 N_PROMPT = 512
 MAX_SPREAD = 0.01  # of MELT's memory over the numbers of loops
 MIN_EMPTY, MIN_DEEP = 0.90, 0.80  # of what the memory's bandwidth allows
@@ -61,16 +60,15 @@ class Line:
 
 
 def loops_section(melt: Contender, ouro: Contender, *, tiny: bool) -> list[BenchRow]:
-    """Both models at each number of loops with the same tokens, and at 4 loops with the most that fit; MELT, whose
-    cache does not grow, at each number with its whole context.
+    """Both models at each number of loops with the same tokens, and at 4 loops with the most that fit. MELT computes a
+    whole chunk first, since its resident set is looked at: what only repeated rows leave untouched would be missing.
     """
-    depth = 64 if tiny else FLAT_DEPTH
-    rows = bench([melt, ouro], [BenchTest(0, 4, depth)], loops=LOOP_COUNTS)
+    depth, n_prompt = (128, 64) if tiny else (FLAT_DEPTH, N_PROMPT)
+    decode = BenchTest(0, 4, depth)
+    rows = bench([melt], [BenchTest(n_prompt, 0, depth - n_prompt), decode], loops=LOOP_COUNTS)
+    rows += bench([ouro], [decode], loops=LOOP_COUNTS)
     longest = next((n for n in LONGEST if _fits(melt, n) and _fits(ouro, n)), LONGEST[-1])
-    rows += bench([melt, ouro], [BenchTest(0, 4, 128 if tiny else longest - 4)], loops=[N_LOOPS])
-    if _fits(melt, FULL_CTX):
-        rows += bench([melt], [BenchTest(0, 1, 256 if tiny else FULL_CTX - 4)], loops=LOOP_COUNTS)
-    return rows
+    return rows + bench([melt, ouro], [BenchTest(0, 4, 256 if tiny else longest - 4)], loops=[N_LOOPS])
 
 
 def decode_section(melt: Contender, ouro: Contender, *, tiny: bool) -> list[BenchRow]:
@@ -179,14 +177,11 @@ def _fits(model: Contender, n_ctx: int) -> bool:
 
 def loops_lines(rows: Sequence[BenchRow]) -> list[Line]:
     """Memory: flat for MELT, times T for Ouro, and the paper's two ratios."""
+    rows = [row for row in rows if row.n_gen]
     flat = [row for row in rows if row.n_depth == min(row.n_depth for row in rows)]
     melt = {row.loops: row for row in flat if row.kind == "melt"}
     ouro = {row.loops: row for row in flat if row.kind == "ouro"}
-    full = [
-        row for row in rows if row.kind == "melt" and row.n_depth > max(r.n_depth for r in rows if r.kind == "ouro")
-    ]
     counts = ", ".join(map(str, sorted(melt)))
-    looped = [loops for loops in sorted(melt) if loops > 1]
     depth = f"{flat[0].n_depth:,} tokens"
     multiples = {loops: row.kv_bytes / ouro[1].kv_bytes for loops, row in ouro.items()}
     deep_ouro = max((row for row in rows if row.kind == "ouro"), key=lambda row: row.n_depth)
@@ -197,17 +192,7 @@ def loops_lines(rows: Sequence[BenchRow]) -> list[Line]:
     resident = deep_ouro.rss_bytes / deep_melt.rss_bytes
     return [
         spread_line(f"MELT's cache at {counts} loops, {depth}", [row.kv_bytes for row in melt.values()]),
-        spread_line(
-            f"MELT's resident set at {', '.join(map(str, looped))} loops, {depth}",
-            [melt[loops].rss_bytes for loops in looped],
-        ),
-        Line(
-            f"MELT's resident set at 1 loop, which carries no latents, over that at {N_LOOPS}, {depth}",
-            "reported",
-            f"{melt[1].rss_bytes / melt[N_LOOPS].rss_bytes:.3f}",
-            None,
-        ),
-        *full_lines(full),
+        spread_line(f"MELT's resident set at {counts} loops, {depth}", [row.rss_bytes for row in melt.values()]),
         Line(
             f"Ouro's cache at {counts} loops, {depth}",
             "exactly T times that of one loop",
@@ -222,15 +207,6 @@ def loops_lines(rows: Sequence[BenchRow]) -> list[Line]:
             None,
         ),
     ]
-
-
-def full_lines(rows: Sequence[BenchRow]) -> list[Line]:
-    """MELT's resident set with its whole context; none where the machine has not the memory for it."""
-    if not rows:
-        return []
-    counts = ", ".join(str(row.loops) for row in rows)
-    name = f"MELT's resident set at {counts} loops, {rows[0].n_depth:,} tokens"
-    return [spread_line(name, [row.rss_bytes for row in rows])]
 
 
 def spread_line(name: str, sizes: Sequence[int]) -> Line:
@@ -301,8 +277,9 @@ def prefill_lines(rows: Sequence[BenchRow], configs: dict[str, LoopConfig]) -> l
     return lines
 
 
-# Loops last: for half a minute after a process gave 17 GB back the system and a virtual machine's host are at work on
-# them, and a token of the next process has 91 instead of 94 % of the memory's speed (Zen 3, 12 and 6 processes).
+# Loops last: for half a minute after a process gave many GB back (17 were tried) the system and a virtual machine's
+# host are at work on them, and a token of the next process has 91 instead of 94 % of the memory's speed (Zen 3, 12 and
+# 6 processes).
 SECTIONS: dict[str, Callable[..., list[BenchRow]]] = {
     "decode": decode_section,
     "depth": depth_section,

@@ -124,9 +124,9 @@ def bench_row(kind: str, loops: int, **changes: Any) -> BenchRow:
 
 def loops_rows() -> list[BenchRow]:
     """Rows that keep every promise about memory."""
-    rows = [bench_row(kind, loops) for kind in ("melt", "ouro") for loops in (1, 2, 4, 8)]
-    rows += [bench_row("melt", 4, n_depth=3000), bench_row("ouro", 4, n_depth=3000, weights_bytes=90)]
-    return rows + [bench_row("melt", loops, n_depth=9000) for loops in (1, 2, 4, 8)]
+    rows = [bench_row("melt", loops, n_prompt=500, n_gen=0, n_depth=500, rss_bytes=0) for loops in (1, 2, 4, 8)]
+    rows += [bench_row(kind, loops) for kind in ("melt", "ouro") for loops in (1, 2, 4, 8)]
+    return [*rows, bench_row("melt", 4, n_depth=3000), bench_row("ouro", 4, n_depth=3000, weights_bytes=90)]
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_every_section_runs_and_writes_its_lines(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, "--cache-dir", str(tmp_path)], check=True, capture_output=True, text=True, timeout=900, cwd=tmp_path
     )
-    for section, n_lines in (("loops", 7), ("decode", 2), ("depth", 7), ("kv_types", 2), ("prefill", 2)):
+    for section, n_lines in (("loops", 5), ("decode", 2), ("depth", 7), ("kv_types", 2), ("prefill", 2)):
         found = json.loads((tmp_path / f"{section}.json").read_text())
         assert len(found["lines"]) == n_lines
         assert found["machine"]["cores"] >= 1
@@ -147,16 +147,9 @@ def test_every_section_runs_and_writes_its_lines(tmp_path: Path) -> None:
 
 def test_memory_that_keeps_its_promises_passes_each_line(imported: Any) -> None:
     lines = imported("looped").loops_lines(loops_rows())
-    assert [line.ok for line in lines] == [True, True, None, True, True, True, None]
-    assert lines[2].measured == "1.000"
-    assert "1, 2, 4, 8 loops, 9,000 tokens" in lines[3].name
-    assert "1, 2, 4, 8" in lines[4].measured
-    assert lines[6].measured == "3.69; resident sets 4.00"
-
-
-def test_a_context_that_does_not_fit_has_no_line(imported: Any) -> None:
-    rows = [row for row in loops_rows() if row.n_depth < 9000]
-    assert [line.ok for line in imported("looped").loops_lines(rows)] == [True, True, None, True, True, None]
+    assert [line.ok for line in lines] == [True, True, True, True, None]
+    assert "1, 2, 4, 8" in lines[2].measured
+    assert lines[4].measured == "3.69; resident sets 4.00"
 
 
 @pytest.mark.parametrize(
@@ -164,9 +157,9 @@ def test_a_context_that_does_not_fit_has_no_line(imported: Any) -> None:
     [
         (("melt", 8, 1000, "kv_bytes", 1020), 0),
         (("melt", 8, 1000, "rss_bytes", 5060), 1),
-        (("melt", 1, 9000, "rss_bytes", 4940), 3),
-        (("ouro", 2, 1000, "kv_bytes", 2001), 4),
-        (("ouro", 4, 1000, "kv_bytes", 3990), 5),
+        (("melt", 1, 1000, "rss_bytes", 4940), 1),
+        (("ouro", 2, 1000, "kv_bytes", 2001), 2),
+        (("ouro", 4, 1000, "kv_bytes", 3990), 3),
     ],
 )
 def test_memory_that_breaks_a_promise_misses_its_line(
