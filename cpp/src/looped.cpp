@@ -221,9 +221,6 @@ public:
 
     // inp_attn is an input that is set before
     void set_input(const llama_ubatch *) override {
-        if (rows->buffer == nullptr) {
-            return; // no layer asks for them
-        }
         const auto * idxs = (const int64_t *) inp_attn->self_k_idxs->data;
 
         const std::vector<int32_t> data(idxs, idxs + rows->ne[0]);
@@ -312,6 +309,7 @@ ggml_tensor * llama_model_looped::graph::build_loop(ggml_tensor * cur, int loop_
 
     const int  n_layer_phys = looped.n_layer_phys;
     const bool per_loop_kv  = looped.chunk_size == 0; // Ouro
+    const bool is_last_loop = loop_idx == (int) looped.n_loops - 1;
 
     for (int layer_idx = 0; layer_idx < n_layer_phys; ++layer_idx) {
         const llama_layer & layer = model.layers[layer_idx];
@@ -357,12 +355,12 @@ ggml_tensor * llama_model_looped::graph::build_loop(ggml_tensor * cur, int loop_
         cb(cur, "attn_out", il);
 
         latents[layer_idx] = h;
-        if (inp_rows != nullptr && loop_idx < (int) looped.n_loops - 1) {
+        if (inp_rows != nullptr && !is_last_loop) {
             ggml_build_forward_expand(gf, cur); // attention reads the rows before build_latent writes them
             latents[layer_idx] = build_latent(h, il);
         }
 
-        if (loop_idx == (int) looped.n_loops - 1 && layer_idx == n_layer_phys - 1 && inp_out_ids) {
+        if (is_last_loop && layer_idx == n_layer_phys - 1 && inp_out_ids) {
             cur   = ggml_get_rows(ctx0, cur, inp_out_ids); // [n_embd, n_outputs]
             inpSA = ggml_get_rows(ctx0, inpSA, inp_out_ids);
         }

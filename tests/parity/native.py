@@ -76,6 +76,10 @@ class Context:
         """Bytes of the K/V cache as the library reports them."""
         return int(native_function("melt_edge_kv_bytes", ctypes.c_uint64, ctypes.c_void_p)(self.handle))
 
+    def compute_bytes(self) -> int:
+        """Bytes of the compute buffers as the library reports them."""
+        return int(native_function("melt_edge_compute_bytes", ctypes.c_uint64, ctypes.c_void_p)(self.handle))
+
 
 def name_collector(names: set[str]) -> Any:
     """A context's eval_callback that adds the names of the graph's nodes, each "name-layer" as "name"."""

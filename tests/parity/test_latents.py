@@ -96,7 +96,7 @@ def test_buffers_do_not_grow_with_the_loops(make_gguf) -> None:
     def compute_bytes(loops: int, kv_type: str) -> int:
         options = {"loops": loops, "kv_type": kv_type, "flash_attn": True, "n_ctx": config.chunk_size}
         with context(make_gguf(config), **options) as ctx:
-            return int(native_function("melt_edge_compute_bytes", ctypes.c_uint64, ctypes.c_void_p)(ctx.handle))
+            return ctx.compute_bytes()
 
     one, *more = (compute_bytes(loops, "f16") for loops in (1, 2, 4, 8))
     assert max(more) < one + latents / 20
