@@ -325,11 +325,12 @@ ggml_tensor * llama_model_looped::graph::build_loop(ggml_tensor * cur, int loop_
         cb(u, "attn_norm", il);
 
         ggml_tensor * Qcur = build_lora_mm(layer.wq, u, layer.wq_s);
+        // Products of the same vector follow each other: the CPU takes one token's together (one-token.h). With rows Q
+        // comes after the gate, which saves a buffer. Graphs of different order must differ in their number of nodes,
+        // as these do: ggml gives a graph the buffers of the one before if it has as many.
         if (inp_rows == nullptr) {
-            // products of the same vector follow each other: the CPU takes one token's together (one-token.h)
             ggml_build_forward_expand(gf, Qcur);
-        } // else after the gate, which so needs a buffer less; never in another graph with as many nodes, which would
-          // get the buffers of this one's
+        }
 
         ggml_tensor * h = looped.kv_gate ? build_kv_gate(layer, u, latents[layer_idx], il) : u;
 
@@ -439,23 +440,21 @@ ggml_tensor * llama_model_looped::graph::build_inp_rows() const {
     return rows;
 }
 
-static ggml_tensor * looped_all_rows(ggml_context * ctx, ggml_tensor * cache) {
-    return ggml_reshape_2d(ctx, cache, cache->ne[0], cache->ne[1] * cache->ne[2]);
-}
-
 // Nobody reads the rows of the chunk's own tokens before the next loop has written them anew. So K's row keeps h
 // rounded to the cache's type, and V's what that rounding left: 22 bits of float16 together. A buffer for the latents
 // of all layers would be as large as the chunk's part of the cache.
 ggml_tensor * llama_model_looped::graph::build_latent(ggml_tensor * h, int il) const {
-    ggml_tensor * k = looped_all_rows(ctx0, inp_attn->mctx->get_k(ctx0, il)->view_src);
-    ggml_tensor * v = looped_all_rows(ctx0, inp_attn->mctx->get_v(ctx0, il)->view_src);
+    const auto * mctx   = inp_attn->mctx;
+    const auto   as_row = [&](ggml_tensor * cur) {
+        return ggml_reshape_3d(ctx0, cur, hparams.n_embd_head_k(il), n_head_kv, n_tokens);
+    };
 
-    k = ggml_set_rows(ctx0, k, h, inp_attn->get_k_idxs());
+    ggml_tensor * k = mctx->cpy_k(ctx0, as_row(h), inp_attn->get_k_idxs(), il);
 
     ggml_tensor * rest = ggml_sub(ctx0, h, ggml_get_rows(ctx0, k, inp_rows));
     cb(rest, "kv_gate_rest", il);
 
-    v = ggml_set_rows(ctx0, v, rest, inp_attn->get_v_idxs());
+    ggml_tensor * v = mctx->cpy_v(ctx0, as_row(rest), inp_attn->get_v_idxs(), il);
     ggml_build_forward_expand(gf, v);
 
     // read again where the next loop needs it, so that nothing stays in the buffer

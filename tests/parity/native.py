@@ -81,13 +81,13 @@ class Context:
         return int(native_function("melt_edge_compute_bytes", ctypes.c_uint64, ctypes.c_void_p)(self.handle))
 
 
-def name_collector(names: set[str]) -> Any:
-    """A context's eval_callback that adds the names of the graph's nodes, each "name-layer" as "name"."""
-    get_name = native_function("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
+def collector(found: set[str], getter: str) -> Any:
+    """A context's eval_callback that adds what ggml's getter says of each node, of a name "name-layer" only "name"."""
+    get = native_function(getter, ctypes.c_char_p, ctypes.c_void_p)
 
     @llama.ggml_backend_sched_eval_callback
     def collect(tensor: int, ask: bool, user_data: object) -> bool:
-        names.add(get_name(tensor).decode().partition("-")[0])
+        found.add(get(tensor).decode().partition("-")[0])
         return not ask
 
     return collect

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import gguf
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import pytest
 from melt_edge.checkpoint import save_checkpoint
 from melt_edge.names import gguf_name
 from melt_edge.spec import tensor_specs
-from parity.native import context, llama, sequence
+from parity.native import collector, context, sequence
 from parity.reference import distance, random_tokens, reference_logits, reference_model
 from tiny import tiny_config, tiny_tensors
 
@@ -65,15 +63,8 @@ def test_metal_has_every_operation_of_the_graph(make_gguf, model_type: str, thre
     """The operations are read from the graph that runs."""
     config = tiny_config(model_type, early_exit_threshold=threshold)
     found: set[str] = set()
-    op_desc = llama._lib.ggml_op_desc
-    op_desc.restype, op_desc.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-
-    @llama.ggml_backend_sched_eval_callback
-    def collect(tensor: int, ask: bool, user_data: object) -> bool:
-        found.add(op_desc(tensor).decode())
-        return not ask
-
-    with context(make_gguf(config), flash_attn=flash_attn, eval_callback=collect) as ctx:
+    callback = collector(found, "ggml_op_desc")
+    with context(make_gguf(config), flash_attn=flash_attn, eval_callback=callback) as ctx:
         ctx.logits(sequence(random_tokens(9, config.vocab_size)))
     assert {"MUL_MAT", "ROPE", "SET_ROWS"} <= found  # the callback saw the graph
     assert ("SIGMOID" in found) == (config.has_gate or threshold < 1.0)

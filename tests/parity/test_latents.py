@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from melt_edge.config import LoopConfig
 from melt_edge.runtime.library import native_function
-from parity.native import Context, context, llama, name_collector, sequence
+from parity.native import Context, collector, context, llama, sequence
 from parity.reference import random_tokens
 from tiny import tiny_config
 
@@ -82,7 +82,7 @@ def test_rows_that_cannot_hold_a_latent_are_left_alone(
     """Then it waits in the graph's buffer."""
     config = wide_config(n_head_kv=n_head_kv)
     names: set[str] = set()
-    with context(make_gguf(config), eval_callback=name_collector(names), **options) as ctx:
+    with context(make_gguf(config), eval_callback=collector(names, "ggml_get_name"), **options) as ctx:
         assert ctx.decode(sequence(random_tokens(n_tokens, config.vocab_size))) == 0
     assert "kv_gate_h" in names
     assert ("kv_gate_latent" in names) == kept

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from melt_edge.runtime.library import native_dir
-from parity.native import Context, context, llama, name_collector, sequence
+from parity.native import Context, collector, context, llama, sequence
 from tiny import tiny_config
 
 LAYERS, LOOPS = 3, 4
@@ -97,9 +97,9 @@ def test_latents_wait_in_the_buffer_where_a_card_may_compute(make_gguf, n_gpu_la
     path = make_gguf(tiny_config("melt", layers=LAYERS, num_loops=LOOPS))
     plain_names: set[str] = set()
     names: set[str] = set()
-    with context(path, flash_attn=True, kv_type="f16", eval_callback=name_collector(plain_names)) as plain:
+    with context(path, flash_attn=True, kv_type="f16", eval_callback=collector(plain_names, "ggml_get_name")) as plain:
         expected = plain.logits(TOKENS)
-    with offloaded(path, n_gpu_layers, flash_attn=True, eval_callback=name_collector(names)) as model:
+    with offloaded(path, n_gpu_layers, flash_attn=True, eval_callback=collector(names, "ggml_get_name")) as model:
         np.testing.assert_allclose(model.logits(TOKENS), expected, atol=1e-3)
     assert "kv_gate_latent" in plain_names
     assert "kv_gate_h" in names
